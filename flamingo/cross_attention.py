@@ -1,0 +1,62 @@
+"""GatedCrossAttention: the block that stands before a frozen decoder layer.
+
+Flamingo, section 2.3 and figure 4; parameters and order of operations are those of open_flamingo 2.0.1.
+Legend: B samples, T text tokens, N media, S media slots a sample, R latents, H heads, C channels of a head, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from flamingo.resampler import feed_forward
+
+
+class CrossAttention(nn.Module):
+    """Text tokens attend to the latents of the media that they may see."""
+
+    def __init__(self, width: int, media_width: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(media_width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """hidden (B, T, D), keys and values (B, H, S·R, C), visible (B, 1, T, S·R) → (B, T, D).
+
+        Exactly zero for a token that sees nothing.
+        """
+        query = rearrange(self.to_q(self.norm(hidden)), "b t (h c) -> b h t c", h=self.heads)
+        sees = visible.any(dim=-1, keepdim=True)
+        # A row without any key is not defined the same way by every kernel: let it see all, then drop what it saw.
+        attended = scaled_dot_product_attention(query, keys, values, attn_mask=visible | ~sees)
+        attended = attended.masked_fill(~sees, 0.0)
+        return self.to_out(rearrange(attended, "b h t c -> b t (h c)"))
+
+
+class GatedCrossAttention(GradientCheckpointingLayer):
+    """Gated cross-attention, then a gated feed-forward; with both gates at 0 the block is the identity."""
+
+    def __init__(self, width: int, media_width: int, *, heads: int = 8, head_dim: int = 64, ff_mult: int = 4):
+        super().__init__()
+        self.attn = CrossAttention(width, media_width, heads, head_dim)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.ff = feed_forward(width, ff_mult)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    def project_media(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents (N, R, D) → keys and values, each (N, R, H, C)."""
+        key, value = rearrange(
+            self.attn.to_kv(latents), "n r (two h c) -> two n r h c", two=2, h=self.attn.heads
+        ).unbind(0)
+        return key, value
+
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """hidden (B, T, D) → (B, T, D); the other arguments as `CrossAttention.forward` has them."""
+        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, keys, values, visible)
+        return hidden + self.ff_gate.tanh() * self.ff(hidden)

@@ -1,0 +1,527 @@
+"""FlamingoForConditionalGeneration: a frozen causal LM that attends to media through gated blocks between its layers.
+
+The LM is used as it is: gated blocks are called by pre-hooks on its decoder layers, new tokens have embeddings of their
+own beside its table and its head, and which positions get logits is decided at the head's input. So its classes are
+neither subclassed nor copied, and its own forward (scales, soft-caps, biases, projections) runs unchanged.
+
+Legend: B samples, T text tokens, N media of the batch (flat, in reading order), F frames, R latents, D width,
+S supervised positions of the batch, K new tokens, V logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from flamingo.configuration import FlamingoConfig
+from flamingo.cross_attention import GatedCrossAttention
+from flamingo.errors import FlamingoError
+from flamingo.media import MediaMemory, MediaSlots, visible_media
+from flamingo.resampler import PerceiverResampler
+
+IGNORED = -100
+"""Label of a position that does not count in the loss (PyTorch's `ignore_index`)."""
+
+
+@dataclass
+class FlamingoOutput(ModelOutput):
+    """What a forward returns.
+
+    Attributes:
+        loss: () mean negative log-likelihood of the supervised tokens, in nats; with labels only.
+        logits: (B, T, V); the last `logits_to_keep` positions alone where that is set; with labels (S, V), those of the
+            supervised positions alone.
+        past_key_values: the LM's cache.
+        sample_losses: (B,) summed negative log-likelihood of each sample's supervised tokens; with labels only.
+        sample_tokens: (B,) number of supervised tokens of each sample; with labels only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    sample_losses: Tensor | None = None
+    sample_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Conditioning:
+    """What the hooks need during one forward."""
+
+    memory: MediaMemory
+    slots: MediaSlots
+    visible: Tensor
+    positions: int | Tensor
+    """At the head: 0 for all positions, k > 0 for the last k, or (S,) indices into the flattened (B·T) positions."""
+
+
+class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A vision tower, a Perceiver resampler, and a causal LM with gated cross-attention before its decoder layers.
+
+    Build one over backbones with `flamingo.from_backbones`, load one with `from_pretrained`. Flamingo, section 2.
+    """
+
+    config_class = FlamingoConfig
+    config: FlamingoConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
+        self.language_model = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        self.resampler = PerceiverResampler(
+            config.vision_width,
+            depth=config.resampler_depth,
+            latents=config.resampler_latents,
+            heads=config.resampler_heads,
+            head_dim=config.resampler_head_dim,
+            ff_mult=config.resampler_ff_mult,
+            max_frames=config.resampler_max_frames,
+        )
+        embedding, head = self._embedding(), self.language_model.get_output_embeddings()
+        layers = decoder_layers(self.language_model, config.decoder_layers)
+        conditioned = [k for k in range(len(layers)) if (k + 1) % config.cross_attention_every == 0]
+        if not conditioned:
+            raise FlamingoError(
+                f"cross_attention_every={config.cross_attention_every}: the LM has only {len(layers)} decoder layers"
+            )
+        hidden_size = config.text_config.get_text_config().hidden_size
+        self.cross_attention = nn.ModuleList(
+            GatedCrossAttention(
+                hidden_size,
+                config.vision_width,
+                heads=config.cross_attention_heads,
+                head_dim=config.cross_attention_head_dim,
+                ff_mult=config.cross_attention_ff_mult,
+            )
+            for _ in conditioned
+        )
+        new = len(config.new_token_ids)
+        tied = config.text_config.get_text_config().tie_word_embeddings
+        self.new_input_rows = nn.Parameter(torch.zeros(new, embedding.embedding_dim))
+        self.new_output_rows = None if tied else nn.Parameter(torch.zeros(new, head.weight.shape[1]))
+        # A row for each id: row_of[id] is the row of a new token, −1 for a token of the LM.
+        row_of = torch.full((max([config.vocab_size or 0, *[i + 1 for i in config.new_token_ids]]),), -1)
+        row_of[config.new_token_ids] = torch.arange(new)
+        self.register_buffer("row_of", row_of, persistent=False)
+
+        self._conditioning: _Conditioning | None = None
+        for block, k in enumerate(conditioned):
+            layers[k].register_forward_pre_hook(_LayerHook(self, block), with_kwargs=True)
+        head.register_forward_pre_hook(_SelectPositions(self))
+        head.register_forward_hook(_AppendNewTokens(self))
+        self._lm_takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        self.post_init()
+        self.freeze_backbones()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what Flamingo adds, as PyTorch and open_flamingo do; the backbones initialise themselves."""
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, PerceiverResampler):
+            module.reset_parameters()
+        elif isinstance(module, GatedCrossAttention):
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.ff_gate)
+        elif module is self:
+            init.normal_(self.new_input_rows, std=0.02)
+            if self.new_output_rows is not None:
+                init.normal_(self.new_output_rows, std=0.02)
+            row_of = torch.full_like(self.row_of, -1)
+            row_of[self.config.new_token_ids] = torch.arange(len(self.config.new_token_ids), device=row_of.device)
+            init.copy_(self.row_of, row_of)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, with the backbones frozen as the configuration says."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_backbones()
+        return loaded
+
+    def _embedding(self) -> nn.Embedding:
+        return self.language_model.get_input_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LM's own embedding; new tokens stand beside it in `new_input_rows`."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM's own head; new tokens stand beside it in `new_output_rows` (tied LMs: in `new_input_rows`)."""
+        return self.language_model.get_output_embeddings()
+
+    def freeze_backbones(self) -> None:
+        """Set `requires_grad` of both backbones to what the configuration says; everything of Flamingo trains."""
+        self.vision_tower.requires_grad_(not self.config.freeze_vision)
+        self.language_model.requires_grad_(not self.config.freeze_language)
+
+    def train(self, mode: bool = True) -> FlamingoForConditionalGeneration:
+        """As `nn.Module.train`, but a frozen vision tower stays in evaluation mode (batch norms, dropout)."""
+        super().train(mode)
+        if self.config.freeze_vision:
+            self.vision_tower.eval()
+        return self
+
+    def gates(self) -> dict[str, Tensor]:
+        """tanh of every gate, by name: `attention.{block}` and `feed_forward.{block}`, each ()."""
+        named = {}
+        for block, module in enumerate(self.cross_attention):
+            named[f"attention.{block}"] = module.attn_gate.detach().tanh().squeeze()
+            named[f"feed_forward.{block}"] = module.ff_gate.detach().tanh().squeeze()
+        return named
+
+    @contextmanager
+    def gates_closed(self) -> Iterator[None]:
+        """While open, every gate is zero: the frozen LM, which sees no medium."""
+        gates = [gate for block in self.cross_attention for gate in (block.attn_gate, block.ff_gate)]
+        opened = [gate.detach().clone() for gate in gates]
+        with torch.no_grad():
+            for gate in gates:
+                gate.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for gate, value in zip(gates, opened, strict=True):
+                    gate.copy_(value)
+
+    # -- media ---------------------------------------------------------------------------------------------------------
+
+    def encode_media(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (N, F, C, H, W) → latents (N, R, D). A frozen tower runs without a graph; N may be 0."""
+        if pixel_values.ndim != 5:
+            raise FlamingoError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (media, frames, channels, height, width)"
+            )
+        media, frames = pixel_values.shape[:2]
+        if media == 0:  # towers reshape with −1, which zero images leave undefined
+            return self.resampler(self.resampler.latents.new_zeros(0, frames, 1, self.config.vision_width))
+        tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
+        with torch.set_grad_enabled(tower_trains):
+            images = rearrange(pixel_values, "n f c h w -> (n f) c h w").to(self.vision_tower.dtype)
+            tokens = patch_tokens(self.vision_tower, images)
+        tokens = tokens.to(self.resampler.latents.dtype)
+        return self.resampler(tokens.reshape(media, frames, *tokens.shape[1:]))
+
+    def remember_media(self, media_latents: Tensor) -> MediaMemory:
+        """latents (N, R, D) → their keys and values for every gated block."""
+        projected = [block.project_media(media_latents) for block in self.cross_attention]
+        keys, values = zip(*projected, strict=True)
+        return MediaMemory(keys, values)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) → (B, T, D): rows of the LM's table, or of the new tokens'."""
+        embedding = self._embedding()
+        row = self._rows(input_ids)
+        known = embedding(input_ids.masked_fill(row >= 0, 0))
+        if self.new_input_rows.shape[0] == 0:
+            return known
+        # Some LMs scale inside their embedding module (Gemma 3): new rows are scaled likewise.
+        new = self.new_input_rows[row.clamp(min=0)].to(known.dtype) * getattr(embedding, "embed_scale", 1.0)
+        return torch.where((row >= 0)[..., None], new, known)
+
+    def _rows(self, input_ids: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and input_ids.numel():
+            largest = int(input_ids.max())
+            if largest >= self.row_of.shape[0] or int(input_ids.min()) < 0:
+                raise FlamingoError(f"input_ids: found id {largest}, expected ids from 0 to {self.row_of.shape[0] - 1}")
+        return self.row_of[input_ids]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        pixel_values: Tensor | None = None,
+        media_latents: Tensor | None = None,
+        media_memory: MediaMemory | None = None,
+        media_per_sample: Tensor | None = None,
+        media_first: Tensor | None = None,
+        media_last: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> FlamingoOutput:
+        """One pass over interleaved text and media.
+
+        Args:
+            input_ids: (B, T) ids, `<image>` where a medium stands.
+            attention_mask: (B, T) 1 for tokens, 0 for padding; with a cache, of the whole sequence so far.
+            position_ids: (B, T), for LMs that take them; other LMs refuse them here.
+            past_key_values: the cache of an earlier pass, which then needs `media_first` and `media_last`.
+            pixel_values: (N, F, C, H, W) of the batch's media, flat and in reading order; or
+            media_latents: (N, R, D), as `encode_media` gives them; or
+            media_memory: as `remember_media` gives it. None of the three: no media.
+            media_per_sample: (B,) number of media of each sample; default: its number of `<image>`.
+            media_first, media_last: (B, T) the media that each token may see (`flamingo.media`); default: from
+                `input_ids` and the configuration.
+            labels: (B, T) ids aligned with `input_ids`, −100 where unsupervised; shifted here.
+            use_cache: whether the output carries a cache.
+            logits_to_keep: k > 0 makes logits for the last k positions alone.
+
+        Raises:
+            FlamingoError: where numbers of media and of `<image>` differ, or an argument has another shape.
+        """
+        if sum(given is not None for given in (pixel_values, media_latents, media_memory)) > 1:
+            raise FlamingoError("expected one of pixel_values, media_latents and media_memory")
+        if media_memory is None:
+            if media_latents is None:
+                media_latents = self._no_latents() if pixel_values is None else self.encode_media(pixel_values)
+            media_memory = self.remember_media(media_latents)
+        counts = (input_ids == self.config.image_token_id).sum(dim=1)
+        if media_per_sample is None:
+            media_per_sample = counts
+        if not torch.compiler.is_compiling():
+            _check_media(media_per_sample, len(media_memory), None if media_last is not None else counts)
+        if media_first is None or media_last is None:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise FlamingoError("media_first and media_last: expected with the cache of an earlier pass")
+            media_first, media_last = visible_media(
+                input_ids, self.config.image_token_id, media_attention=self.config.media_attention
+            )
+
+        supervised = targets = None
+        positions: int | Tensor = logits_to_keep
+        if labels is not None:
+            supervised = (labels[:, 1:] != IGNORED).nonzero()
+            positions = supervised[:, 0] * labels.shape[1] + supervised[:, 1]
+            targets = labels[:, 1:][supervised[:, 0], supervised[:, 1]]
+
+        slots = MediaSlots.of(media_per_sample)
+        visible = slots.visible(media_first, media_last, media_memory.keys[0].shape[1])
+        if position_ids is not None:
+            if not self._lm_takes_positions:
+                raise FlamingoError(f"position_ids: {type(self.language_model).__name__} does not take them")
+            kwargs["position_ids"] = position_ids
+        self._conditioning = _Conditioning(media_memory, slots, visible, positions)
+        try:
+            output = self.language_model(
+                inputs_embeds=self.embed_tokens(input_ids),
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        finally:
+            self._conditioning = None
+        logits = self._mask_unused(output.logits)
+        past_key_values = output.get("past_key_values")
+        if targets is None or supervised is None:
+            return FlamingoOutput(logits=logits, past_key_values=past_key_values)
+        logits = logits.squeeze(0)
+        losses = cross_entropy(logits.float(), targets, reduction="none")
+        sample = supervised[:, 0]
+        zeros = losses.new_zeros(labels.shape[0])
+        return FlamingoOutput(
+            loss=losses.sum() / max(1, losses.shape[0]),
+            logits=logits,
+            past_key_values=past_key_values,
+            sample_losses=zeros.index_add(0, sample, losses),
+            sample_tokens=zeros.long().index_add(0, sample, torch.ones_like(sample)),
+        )
+
+    def _no_latents(self) -> Tensor:
+        latents = self.resampler.latents
+        return latents.new_zeros(0, *latents.shape)
+
+    def _mask_unused(self, logits: Tensor) -> Tensor:
+        """−inf for the ids that no token has: padding rows of the LM's embedding."""
+        if logits.shape[-1] <= self.row_of.shape[0]:
+            return logits
+        unused = torch.arange(logits.shape[-1], device=logits.device) >= self.row_of.shape[0]
+        return logits.masked_fill(unused, -torch.inf)
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """`GenerationMixin.generate`; takes the media arguments of `forward` and encodes each medium once.
+
+        `<image>` is never generated.
+        """
+        input_ids = kwargs["input_ids"] if inputs is None else inputs
+        pixel_values, latents = kwargs.pop("pixel_values", None), kwargs.pop("media_latents", None)
+        if kwargs.get("media_memory") is None:
+            if latents is None:
+                latents = self._no_latents() if pixel_values is None else self.encode_media(pixel_values)
+            kwargs["media_memory"] = self.remember_media(latents)
+        if kwargs.get("media_per_sample") is None:
+            kwargs["media_per_sample"] = (input_ids == self.config.image_token_id).sum(dim=1)
+        suppressed = set(kwargs.pop("suppress_tokens", None) or []) | {self.config.image_token_id}
+        return super().generate(inputs, suppress_tokens=sorted(suppressed), **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Visibility from all ids so far, cut to the tokens of this pass."""
+        first, last = visible_media(
+            input_ids, self.config.image_token_id, media_attention=self.config.media_attention
+        )
+        prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        length = prepared["input_ids"].shape[1]
+        prepared["media_first"], prepared["media_last"] = first[:, -length:], last[:, -length:]
+        if not self._lm_takes_positions:
+            prepared.pop("position_ids", None)
+        return prepared
+
+    @staticmethod
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat every sample for its beams; flat media are repeated sample by sample, never one by one."""
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        counts = model_kwargs.get("media_per_sample")
+        memory = model_kwargs.get("media_memory")
+        if memory is not None and counts is not None:
+            per_sample = torch.arange(len(memory), device=counts.device).split(counts.tolist())
+            index = torch.cat([sample for sample in per_sample for _ in range(expand_size)])
+            model_kwargs["media_memory"] = memory.select(index)
+        for name, value in model_kwargs.items():
+            if isinstance(value, Tensor):
+                model_kwargs[name] = value.repeat_interleave(expand_size, dim=0)
+        if input_ids is not None:
+            input_ids = input_ids.repeat_interleave(expand_size, dim=0)
+        return input_ids, model_kwargs
+
+
+class _Hook:
+    """A hook that knows its model, and does nothing outside of that model's forward. Copied along by deepcopy."""
+
+    def __init__(self, model: FlamingoForConditionalGeneration):
+        self.model = model
+
+
+class _LayerHook(_Hook):
+    """Runs a gated block on the hidden states that enter a decoder layer."""
+
+    def __init__(self, model: FlamingoForConditionalGeneration, block: int):
+        super().__init__(model)
+        self.block = block
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now = self.model._conditioning
+        if now is None:
+            return None
+        keys, values = now.memory.keys[self.block], now.memory.values[self.block]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self.model.cross_attention[self.block](
+            hidden, now.slots.spread(keys), now.slots.spread(values), now.visible
+        )
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+class _SelectPositions(_Hook):
+    """Lets only those positions into the LM's head whose logits are asked for."""
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
+        now = self.model._conditioning
+        if now is None or (isinstance(now.positions, int) and now.positions == 0):
+            return None
+        hidden = args[0]
+        if isinstance(now.positions, int):
+            return (hidden[:, -now.positions :],)
+        return (rearrange(hidden, "b t d -> (b t) d")[now.positions][None],)
+
+
+class _AppendNewTokens(_Hook):
+    """Puts the logits of the new tokens into the columns of their ids, beside or over those of the head's own rows."""
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Any:
+        model = self.model
+        ids = model.config.new_token_ids
+        if model._conditioning is None or not ids:
+            return None
+        rows = model.new_input_rows if model.new_output_rows is None else model.new_output_rows
+        new = args[0] @ rows.to(args[0].dtype).T
+        missing = max(ids) + 1 - logits.shape[-1]
+        if missing > 0:
+            logits = torch.cat((logits, logits.new_zeros(*logits.shape[:-1], missing)), dim=-1)
+        return logits.index_copy(-1, torch.tensor(ids, device=logits.device), new.to(logits.dtype))
+
+
+def _check_media(media_per_sample: Tensor, media: int, counts: Tensor | None) -> None:
+    if int(media_per_sample.sum()) != media:
+        raise FlamingoError(f"media_per_sample: expected numbers that add up to {media} media, got {media_per_sample.tolist()}")
+    if counts is not None and not torch.equal(counts, media_per_sample):
+        sample = int((counts != media_per_sample).nonzero()[0])
+        raise FlamingoError(
+            f"found {int(counts[sample])} image tokens but received {int(media_per_sample[sample])} media (sample {sample})"
+        )
+
+
+def decoder_layers(language_model: nn.Module, path: str | None = None) -> nn.ModuleList:
+    """The list of an LM's decoder layers: the one at `path`, or the only list as long as the LM has layers.
+
+    Raises:
+        FlamingoError: where there is none, or more than one; it names the LM's class and the option to give the path.
+    """
+    name = type(language_model).__name__
+    if path is not None:
+        try:
+            found = language_model.get_submodule(path)
+        except AttributeError:
+            raise FlamingoError(f"decoder_layers={path!r}: {name} has no such submodule") from None
+        if not isinstance(found, nn.ModuleList):
+            raise FlamingoError(f"decoder_layers={path!r}: expected a ModuleList of {name}, found {type(found).__name__}")
+        return found
+    config: Any = language_model.config
+    depth = config.get_text_config().num_hidden_layers
+    lists = {
+        path: module
+        for path, module in language_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and path.count(".layers.") == 0
+    }
+    if len(lists) != 1:
+        raise FlamingoError(
+            f"decoder layers of {name}: expected one list of {depth} layers, found {sorted(lists) or 'none'}; "
+            "give its path as `decoder_layers`, such as 'model.layers'"
+        )
+    return next(iter(lists.values()))
+
+
+def patch_tokens(vision_tower: PreTrainedModel, images: Tensor) -> Tensor:
+    """images (N, C, H, W) → the tower's patch tokens (N, V, D), in rows.
+
+    The tower's `last_hidden_state`, which for CLIP is without the final LayerNorm, as Flamingo uses it (SigLIP, ViT and
+    DINOv2 apply theirs). Leading tokens that are no patches (class, registers) are dropped; feature maps are flattened.
+    """
+    hidden = vision_tower(pixel_values=images).last_hidden_state
+    if hidden.ndim == 4:
+        return rearrange(hidden, "n d h w -> n (h w) d")
+    patch = getattr(vision_tower.config, "patch_size", None)
+    if patch is None:
+        return hidden
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return hidden[:, hidden.shape[1] - (images.shape[2] // height) * (images.shape[3] // width) :]

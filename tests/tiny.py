@@ -1,0 +1,113 @@
+"""Tiny random backbones that tests build, save and load: the real code paths on models of a few thousand parameters."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image as PilImage
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from flamingo import Document, FlamingoForConditionalGeneration, FlamingoProcessor, Image, Text, from_backbones
+
+WIDTH, VOCABULARY = 32, 128
+
+
+def language_configs(vocabulary: int = VOCABULARY) -> dict[str, PretrainedConfig]:
+    """One tiny configuration a family; the vocabulary may be larger than the tokenizer's, as with OPT or Pythia."""
+    common = dict(
+        vocab_size=vocabulary, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return {
+        "llama": LlamaConfig(**common, intermediate_size=64, tie_word_embeddings=False),
+        "opt": OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=WIDTH, dropout=0.0),
+        "gpt_neox": GPTNeoXConfig(**common, intermediate_size=64, tie_word_embeddings=False),
+        "lfm2": Lfm2Config(
+            **common,
+            intermediate_size=64,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            conv_L_cache=4,
+            tie_word_embeddings=True,
+        ),
+    }
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes-level characters: every ASCII text, no merges, ids < 103."""
+    characters = sorted({pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(c))[0][0]
+                         for c in [10, *range(32, 127)]})  # fmt: skip
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def save_backbones(folder: Path, family: str = "llama", vocabulary: int = VOCABULARY) -> tuple[Path, Path]:
+    """Random CLIP tower (16×16 images, 4 patches) and LM with its tokenizer, saved under `folder`."""
+    torch.manual_seed(0)
+    vision, language = folder / "vision", folder / "language"
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(vision)
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(vision)
+    AutoModelForCausalLM.from_config(language_configs(vocabulary)[family]).save_pretrained(language)
+    tokenizer().save_pretrained(language)
+    return vision, language
+
+
+def tiny_flamingo(
+    folder: Path, family: str = "llama", *, vocabulary: int = VOCABULARY, open_gates: bool = True, **options: object
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """A random Flamingo over tiny backbones, in evaluation mode; open gates let media matter."""
+    vision, language = save_backbones(folder, family, vocabulary)
+    shape = dict(
+        cross_attention_heads=2, cross_attention_head_dim=8, resampler_depth=1, resampler_latents=4, resampler_heads=2,
+        resampler_head_dim=8,
+    )  # fmt: skip
+    model, processor = from_backbones(vision, language, **{**shape, **options})
+    if open_gates:
+        with torch.no_grad():
+            for block in model.cross_attention:
+                block.attn_gate.fill_(0.8)
+                block.ff_gate.fill_(0.5)
+    return model.eval(), processor
+
+
+def picture(seed: int = 0, size: int = 16, mode: str = "RGB", suffix: str = "png") -> Image:
+    """A picture of random pixels."""
+    shape = (size, size) if mode == "L" else (size, size, 3)
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    PilImage.fromarray(pixels.numpy(), mode).save(buffer, {"png": "PNG", "jpg": "JPEG"}[suffix])
+    return Image(buffer.getvalue(), f"{seed}.{suffix}")
+
+
+def document(seed: int, media: int, *, key: str = "", lead: bool = False) -> Document:
+    """A document of `media` pictures, each followed by a few words; with `lead`, words before the first."""
+    rng = random.Random(seed)
+    words = lambda: " ".join(rng.choice(["cat", "dog", "sun", "sea", "red"]) for _ in range(rng.randint(1, 3)))  # noqa: E731
+    segments: list[object] = [Text(words())] if lead or not media else []
+    for n in range(media):
+        segments += [picture(seed * 100 + n), Text(words())]
+    return Document(tuple(segments), key=key or f"doc{seed}")  # type: ignore[arg-type]
