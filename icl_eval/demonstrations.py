@@ -1,8 +1,8 @@
 """Which demonstrations a query gets: one ranking of the pool for each query, of which k shots are the beginning.
 
-The ranking comes from (seed, task, query id) alone: never from the batch, the rank, the order of evaluation or the shot
-counts that are asked for. It goes in rounds; each round gives one demonstration of every way, in an order of its own, so
-k shots per way are the first k rounds: balanced, and nested in every larger k.
+The ranking comes from (seed, task, query id) alone: never from the batch, the rank, the order of evaluation or the
+shot counts that are asked for. It goes in rounds; each round gives one demonstration of every way, in an order of its
+own, so k shots per way are the first k rounds: balanced, and nested in every larger k.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def generator(*parts: object) -> np.random.Generator:
 
 def draw_episode(task: Task, pool: Pool, seed: int, number: int) -> Episode:
     """Episode `number` of `task`: a pure function of its arguments."""
-    query_id = f"{task.name}/{number:05d}"
+    query_id = f"{task.name}/{number:06d}"
     rng = generator(seed, task.name, query_id)
     kinds = list(pool.by_kind)
     chosen = [kinds[index] for index in rng.permutation(len(kinds))[: task.ways]]
@@ -66,7 +66,7 @@ def _names(task: Task, pool: Pool, kinds: list[str], rng: np.random.Generator) -
         return tuple(str(pool.label(kind)) for kind in kinds)
     from data_shards.glyphs.words import fresh_names
 
-    return tuple(fresh_names(rng, len(kinds)))
+    return tuple(fresh_names(rng, len(kinds), split="unseen"))
 
 
 def check_shots(task: Task, pool: Pool, shots: int) -> None:

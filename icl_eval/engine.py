@@ -1,11 +1,11 @@
 """Ranking candidate answers by their log-likelihood, with everything computed once that prompts have in common.
 
-Of one query, the prompts of all shot counts are nested (see `demonstrations`), so its demonstrations are read once, from
-the left, with a cache; at each shot count that is asked for, the query and then its candidate answers are read from a
-fork of that cache. Every picture is decoded, encoded, resampled and projected to keys and values once a run.
+Of one query, the prompts of all shot counts are nested (see `demonstrations`), so its demonstrations are read once,
+from the left, with a cache; at each shot count that is asked for, the query and then its candidate answers are read
+from a fork of that cache. Every picture is decoded, encoded, resampled and projected to keys and values once a run.
 
-The score of a candidate is the log-likelihood, given the prompt, of all its tokens: those of the label, of the text that
-the template puts after it, and `<|endofchunk|>`. Nothing is learned about a query from the other queries of its batch.
+The score of a candidate is the log-likelihood, given the prompt, of all its tokens: those of the label, of the text
+that the template puts after it, and `<|endofchunk|>`.
 
 Legend: B queries of a batch, T tokens of a pass, N media of a query, A candidate answers, L their longest length.
 """
@@ -15,13 +15,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from flamingo.document import Document, Image, Segment, Text
@@ -104,7 +104,6 @@ class MediaStore:
         held = (*self.memory.keys, *self.memory.values)
         self.capacity = limit // sum(math.prod(each.shape[1:]) * each.element_size() for each in held)
         self.slots: dict[str, int] = {}
-        self.encoded = 0
 
     def _encode(self, images: Sequence[Image]) -> MediaMemory:
         pixels = self.processor.pixels(images).to(self.model.device)
@@ -128,8 +127,7 @@ class MediaStore:
         for start in range(0, len(waiting), ENCODED_AT_ONCE):
             part = waiting[start : start + ENCODED_AT_ONCE]
             parts.append(self._encode(pool.images([index for _, index in part])))
-            self.slots.update((name, len(self.slots) + place) for place, (name, _) in enumerate(part))
-        self.encoded += len(waiting)
+            self.slots.update({name: slot for slot, (name, _) in enumerate(part, start=len(self.slots))})
         if waiting:
             self.memory = MediaMemory.cat(parts)
 
@@ -143,31 +141,30 @@ class Prefix:
     """What a batch has read so far.
 
     Attributes:
-        length: tokens read, padding included.
-        cache: the LM's, None before the first pass.
-        padding: (B, length) 1 for tokens, 0 for padding; None where there is no padding.
         media: (B, N) slots of the media that tokens to come may see.
+        length: tokens read, padding included.
+        cache: the LM's; None before the first pass.
+        padding: (B, length) 1 for tokens, 0 for padding; None where there is no padding.
     """
 
-    length: int
-    cache: Any
-    padding: Tensor | None
     media: Tensor
+    length: int = 0
+    cache: Any = None
+    padding: Tensor | None = None
 
     def fork(self, repeats: int = 1) -> Prefix:
         """A continuation of its own, `repeats` times for each query; reading on in it leaves this one as it is."""
-        if self.cache is None:
-            twin = None
-        else:
-            twin = copy.copy(self.cache)
-            twin.layers = [_fork_layer(layer) for layer in self.cache.layers]
+        twin = copy.copy(self)
+        if self.cache is not None:
+            twin.cache = copy.copy(self.cache)
+            twin.cache.layers = [_fork_layer(layer) for layer in self.cache.layers]
         if repeats > 1:
-            rows = torch.arange(self.media.shape[0], device=self.media.device).repeat_interleave(repeats)
-            for layer in () if twin is None else twin.layers:
+            rows = torch.arange(len(self.media), device=self.media.device).repeat_interleave(repeats)
+            twin.media = self.media[rows]
+            twin.padding = None if self.padding is None else self.padding[rows]
+            for layer in twin.cache.layers if twin.cache is not None else ():
                 layer.reorder_cache(rows)
-            padding = None if self.padding is None else self.padding[rows]
-            return Prefix(self.length, twin, padding, self.media[rows])
-        return Prefix(self.length, twin, self.padding, self.media)
+        return twin
 
 
 def _fork_layer(layer: Any) -> Any:
@@ -202,10 +199,12 @@ class Engine:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.sees_all = model.config.media_attention == "all"
         self.chunks: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self.filler: int = model.config.end_of_chunk_token_id
         self.opening = tuple(processor.encode(Document(())).input_ids)
         with torch.inference_mode():
             self.store = MediaStore(model, processor, media_bytes)
-            self.reads_ahead = self._reads_ahead()
+            self.reads_ahead = True
+            self.reads_ahead = self._continues()
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -269,6 +268,8 @@ class Engine:
         """Log-likelihoods of every ladder's answers, each (queries, answers) float64, in nats.
 
         Args:
+            pool: where the pictures are.
+            ladders: to score; any order and mixture.
             normalise: "sum" over the tokens of an answer, or their "mean".
             progress: called with the number of queries done since its last call.
 
@@ -287,12 +288,12 @@ class Engine:
                 found = self._rank_batch(batch, table, normalise)
                 for each, rows in zip(batch, found, strict=True):
                     row, column = each.place
-                    scores[row][column : column + len(rows)] = rows[:, : len(each.answers)]
+                    scores[row][column : column + len(rows)] = rows
                 if progress is not None:
                     progress(sum(len(each.queries) for each in batch))
         return scores
 
-    def _windows(self, encoded: Sequence[Encoded]) -> Iterable[list[Encoded]]:
+    def _windows(self, encoded: Sequence[Encoded]) -> Iterator[list[Encoded]]:
         """Runs of ladders whose pictures fit into the store together."""
         window: list[Encoded] = []
         held: set[int] = set()
@@ -306,7 +307,7 @@ class Engine:
         if window:
             yield window
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterable[list[Encoded]]:
+    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         """Batches of equal shape; where a shape is rare, its queries are read alone, padded to similar lengths."""
         by_shape = defaultdict(list)
         for each in encoded:
@@ -323,38 +324,153 @@ class Engine:
             yield from _split(group, self.batch_size)
 
     def _rank_batch(self, batch: Sequence[Encoded], table: np.ndarray, normalise: str) -> np.ndarray:
-        """Scores (B, queries, A) of a batch whose ladders differ in nothing but ids, or in the first segment's length."""
-        first = batch[0]
-        prefix = Prefix(0, None, None, self._ids([[] for _ in batch]))
-        answers = Answers.of([each.answers for each in batch], self.model.device)
-        scores = torch.zeros(len(batch), len(first.queries), answers.lengths.shape[1], dtype=torch.float64)
+        """Scores (B, queries, A) of ladders of one shape, but for the length of their first segment."""
+        first, device = batch[0], self.model.device
+        answers = Answers.of([each.answers for each in batch], self.filler, device)
+        query = torch.tensor([each.query for each in batch], device=device)
+        scores = torch.zeros(len(batch), len(first.queries), len(first.answers), dtype=torch.float64)
+        prefix = Prefix(torch.zeros(len(batch), 0, dtype=torch.long, device=device))
         for count in range(1, len(first.segments) + 1):
             segment = [each.segments[count - 1] for each in batch]
-            self._read(prefix, [ids for ids, _ in segment], table[self._indices(images for _, images in segment)])
-            for column, (when, _) in enumerate(first.queries):
-                if when == count:
-                    asked = prefix.fork()
-                    media = table[self._indices((each.queries[column][1],) for each in batch)]
-                    logits = self._read(asked, [each.query for each in batch], media)
-                    scores[:, column] = self._score(asked, logits, answers).double().cpu()
+            ids, padding = _left_padded([ids for ids, _ in segment], self.filler, device)
+            self._read(prefix, ids, self._slots(table, [images for _, images in segment]), padding)
+            for column in (column for column, (when, _) in enumerate(first.queries) if when == count):
+                asked = prefix.fork()
+                logits = self._read(asked, query, self._slots(table, [(each.queries[column][1],) for each in batch]))
+                scores[:, column] = self._score(asked, logits[:, -1], answers).double().cpu()
         if normalise == "mean":
-            scores = scores / answers.lengths.cpu()[:, None]
+            scores /= answers.lengths.cpu()[:, None]
         return scores.numpy()
 
     def _score(self, prompt: Prefix, logits: Tensor, answers: Answers) -> Tensor:
-        """Summed log-likelihood (B, A) of answers after `prompt`, whose last position gave `logits` (B, 1, V)."""
-        scores = _log_likelihood(logits.squeeze(1), answers.ids[:, :, 0])
+        """Summed log-likelihood (B, A) of the answers after `prompt`, whose last token gave `logits` (B, V)."""
         queries, count, length = answers.ids.shape
+        scores = _log_likelihood(logits, answers.ids[:, :, 0])
         if length == 1:
             return scores
         at_once = max(1, min(count, CACHED_TOKENS // (queries * prompt.length)))
-        for start in range(0, count, at_once):
-            ids = answers.ids[:, start : start + at_once]
-            side_by_side = ids.shape[1]
-            rows = rearrange(ids, "b a l -> (b a) l")
-            logits = self._pass(prompt.fork(side_by_side), rows[:, :-1], keep=length - 1)
-            steps = _log_likelihood(rearrange(logits, "r l v -> r l v"), rows[:, 1:, None]).squeeze(-1)
-            steps = rearrange(steps, "(b a) l -> b a l", a=side_by_side)
-            counts = answers.counts[:, start : start + at_once, 1:]
-            scores[:, start : start + at_once] += steps.masked_fill(~counts, 0.0).sum(-1)
+        for group in torch.arange(count, device=logits.device).split(at_once):
+            rows = rearrange(answers.ids[:, group], "b a l -> (b a) l")
+            # The last token of an answer is only predicted. Shorter answers are filled up behind: nothing sees that.
+            logits = self._read(prompt.fork(len(group)), rows[:, :-1], keep=length - 1)
+            tokens = rearrange(_log_likelihood(logits, rows[:, 1:, None]), "(b a) l 1 -> b a l", a=len(group))
+            beyond = torch.arange(1, length, device=logits.device) >= answers.lengths[:, group, None]
+            scores[:, group] += tokens.masked_fill(beyond, 0.0).sum(-1)
         return scores
+
+    def _read(
+        self, prefix: Prefix, ids: Tensor, media: Tensor | None = None, padding: Tensor | None = None, keep: int = 1
+    ) -> Tensor | None:
+        """Read `ids` (B, T) on from `prefix`, which moves along; logits (B, keep, V) of the last positions.
+
+        Args:
+            prefix: what was read before.
+            ids: at least one token, or nothing is done.
+            media: (B, N) slots of the media that stand among `ids`.
+            padding: (B, T) 1 for tokens, 0 for padding; only in a first pass.
+            keep: positions, from the last one back, of which logits are wanted.
+        """
+        if ids.shape[1] == 0:
+            return None
+        if prefix.cache is not None and ids.shape[1] > 1 and not self.reads_ahead:
+            return self._read_by_token(prefix, ids, media, keep)
+        available = prefix.media if media is None else torch.cat((prefix.media, media), dim=1)
+        is_image = ids == self.model.config.image_token_id
+        last = prefix.media.shape[1] + is_image.long().cumsum(dim=1)
+        mask = positions = None
+        if padding is not None:
+            prefix.padding = padding
+        elif prefix.padding is not None:
+            prefix.padding = torch.cat((prefix.padding, torch.ones_like(ids)), dim=1)
+        if prefix.padding is not None:
+            mask = prefix.padding
+            if self.model._lm_takes_positions:
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=prefix.cache,
+            use_cache=True,
+            media_memory=self.store.memory.select(available.flatten()),
+            media_per_sample=torch.full((len(ids),), available.shape[1], device=ids.device),
+            media_first=last.clamp(max=1) if self.sees_all else last,
+            media_last=last,
+            logits_to_keep=keep,
+        )
+        prefix.cache = output.past_key_values
+        prefix.length += ids.shape[1]
+        prefix.media = available if self.sees_all else available[:, -1:]
+        return output.logits
+
+    def _read_by_token(self, prefix: Prefix, ids: Tensor, media: Tensor | None, keep: int) -> Tensor:
+        """As `_read`, for LMs whose cache goes on by one token at a time only."""
+        logits = []
+        images = [int(count) for count in (ids == self.model.config.image_token_id).sum(dim=0)]
+        seen = 0
+        for position, token in enumerate(ids.split(1, dim=1)):
+            own = media[:, seen : seen + 1] if media is not None and images[position] else None
+            seen += own is not None
+            logits.append(self._read(prefix, token, own))
+        return torch.cat(logits[-keep:], dim=1)
+
+    def _slots(self, table: np.ndarray, images: Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.from_numpy(table[np.array(images, dtype=np.int64)]).to(self.model.device)
+
+    def _continues(self) -> bool:
+        """Whether the LM's cache goes on right by several tokens at once; that of some families does not."""
+        some = [token for token in range(12) if token != self.model.config.image_token_id][:9]
+        ids = torch.tensor([some], device=self.model.device)
+        whole, parts = (Prefix(torch.zeros(1, 0, dtype=torch.long, device=ids.device)) for _ in range(2))
+        expected = self._read(whole, ids)
+        self._read(parts, ids[:, :4])
+        found = self._read(parts, ids[:, 4:])
+        return bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Candidate answers of a batch: ids (B, A, L), filled up at the right, and lengths (B, A)."""
+
+    ids: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def of(answers: Sequence[tuple[tuple[int, ...], ...]], filler: int, device: torch.device) -> Answers:
+        """From the token ids of every query's candidates, as many for each query."""
+        longest = max(len(ids) for each in answers for ids in each)
+        rows = [[[*ids, *[filler] * (longest - len(ids))] for ids in each] for each in answers]
+        lengths = [[len(ids) for ids in each] for each in answers]
+        return Answers(torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
+
+
+def _chunk(text: str) -> tuple[Segment, ...]:
+    return (Image(b""), Text(text))
+
+
+def _images(encoded: Encoded) -> Iterator[int]:
+    """Pool indices of all pictures of a ladder."""
+    for _, images in encoded.segments:
+        yield from images
+    for _, image in encoded.queries:
+        yield image
+
+
+def _split(group: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
+    return (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _left_padded(rows: Sequence[tuple[int, ...]], filler: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(B, T) ids, and 1 for tokens, 0 for padding; None where nothing is padded."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
+    if all(len(row) == longest for row in rows):
+        return ids, None
+    spare = torch.tensor([longest - len(row) for row in rows], device=device)
+    return ids, (torch.arange(longest, device=device) >= spare[:, None]).long()
+
+
+def _log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-likelihood of `ids` (…, K) under `logits` (…, V); in float32 at least."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)

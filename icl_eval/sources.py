@@ -58,7 +58,7 @@ def glyphs(task: Task) -> Pool:
     world = load_world()
     labels: dict[int, str] = {}
     if task.split == "known":
-        classes, labels = world.known, fixed_names(world)
+        classes, labels = world.known, fixed_names()
     elif task.split in ("train", *HELD_OUT):
         classes = world.split(task.split)
     else:
@@ -108,8 +108,8 @@ def load_pool(task: Task) -> Pool:
     unlabelled = [kind for kind in pool.by_kind if pool.label(kind) is None]
     if task.names == "fixed" and unlabelled:
         raise FlamingoError(
-            f"{task.file}: names: fixed, but {len(unlabelled)} classes in split {task.split!r} of {task.source} have no "
-            f"labels (first: class {unlabelled[0]}), and without labels there is nothing to ask at 0 shots"
+            f"{task.file}: names: fixed, but {len(unlabelled)} classes in split {task.split!r} of {task.source} have "
+            f"no labels (first: class {unlabelled[0]}), and without labels there is nothing to ask at 0 shots"
         )
     return pool
 

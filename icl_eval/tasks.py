@@ -83,9 +83,7 @@ def load_task(name: str | Path) -> Task:
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise FlamingoError(
-            f"task {str(name)!r}: expected the path of a .yaml file or one of {', '.join(available())}"
-        )
+        raise FlamingoError(f"task {str(name)!r}: expected the path of a .yaml file or one of {', '.join(available())}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

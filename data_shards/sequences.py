@@ -1,0 +1,59 @@
+"""Documents → training sequences: a window of the document, its tokens, and the labels that count.
+
+The rules are those of Flamingo (appendix A.3) and OpenFlamingo: at most `max_tokens` tokens and `max_media` media, cut
+from the document at a random place. All randomness comes from the generator that the caller seeds by position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flamingo.document import Document, Text
+from flamingo.errors import FlamingoError
+from flamingo.processing import Encoding, FlamingoProcessor, IGNORED
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Makes a training sequence of a document.
+
+    Args:
+        processor: of the model.
+        max_tokens: tokens of a sequence, with its marks.
+        max_media: media of a sequence.
+    """
+
+    processor: FlamingoProcessor
+    max_tokens: int = 256
+    max_media: int = 5
+
+    def __call__(self, document: Document, generator: np.random.Generator) -> Encoding:
+        """The sequence of one document.
+
+        Raises:
+            FlamingoError: where no token of it would count in the loss; it names the document.
+        """
+        windowed = self._window(document, generator)
+        encoding = self._cut(self.processor.encode(windowed, eos=windowed.segments[-1:] == document.segments[-1:]))
+        if all(label == IGNORED for label in encoding.labels):
+            raise FlamingoError(f"document {document.key or '?'}: no token of its sequence counts in the loss")
+        return encoding
+
+    def _window(self, document: Document, generator: np.random.Generator) -> Document:
+        """At most `max_media` media in a row, each with the text up to the next; which ones is drawn."""
+        at = [i for i, segment in enumerate(document.segments) if not isinstance(segment, Text)]
+        surplus = len(at) - self.max_media
+        if surplus <= 0:
+            return document
+        first = int(generator.integers(surplus + 1))
+        begin = 0 if first == 0 else at[first]
+        end = at[first + self.max_media] if first < surplus else len(document.segments)
+        return replace(document, segments=document.segments[begin:end])
+
+    def _cut(self, encoding: Encoding) -> Encoding:
+        """The first `max_tokens` tokens, and the media whose `<image>` is among them."""
+        ids = encoding.input_ids[: self.max_tokens]
+        media = encoding.media[: ids.count(self.processor.image_token_id)]
+        return Encoding(ids, encoding.labels[: self.max_tokens], media, encoding.text)

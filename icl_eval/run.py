@@ -1,0 +1,207 @@
+"""The command line: `flamingo-eval`, `python -m icl_eval`, `torchrun --nproc-per-node N -m icl_eval`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import distributed
+
+from flamingo.errors import FlamingoError, command_line
+from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
+from icl_eval.evaluation import Cell, Results, evaluate
+from icl_eval.tasks import available
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass
+class Options:
+    """Score a Flamingo on few-shot tasks.
+
+    Attributes:
+        model: folder of a saved Flamingo.
+        out: folder for results.json and predictions.jsonl.
+        shots: demonstrations per way, such as 0,1,4; empty: each task's own.
+        episodes: queries of a cell; 0: each task's own number.
+        batch_size: queries of a batch; scores do not depend on it.
+        seed: of all draws; unset: each task's own.
+        split: held-out split to use instead of each task's own: "validation" while designs are being chosen.
+        controls: also run the controls, under which scores must fall to chance.
+        device: "cpu", "cuda", or "auto".
+    """
+
+    model: str
+    out: str
+    shots: str = ""
+    episodes: int = 0
+    batch_size: int = 128
+    seed: int | None = None
+    split: str | None = None
+    controls: bool = False
+    device: str = "auto"
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
+    """Options and task names of a command line.
+
+    Raises:
+        FlamingoError: an argument that is unknown, missing or malformed.
+    """
+    parser = ArgumentParser(prog="flamingo-eval", description=Options.__doc__.splitlines()[0], exit_on_error=False)
+    parser.add_class_arguments(Options)
+    known = ", ".join(available())
+    parser.add_argument("--task", action="append", help=f"name or YAML file, may be repeated; known: {known}")
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise FlamingoError(str(error)) from None
+    names = [name for given in parsed.pop("task") or [] for name in given.split(",") if name]
+    return Options(**vars(parsed)), names or available()
+
+
+def parse_shots(text: str) -> list[int] | None:
+    """ "0,1,4" → [0, 1, 4]; "" → None.
+
+    Raises:
+        FlamingoError: anything else.
+    """
+    if not text:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise FlamingoError(f"--shots {text}: expected whole numbers from 0, such as 0,1,4")
+    return [int(part) for part in parts]
+
+
+def load(folder: str, device: str) -> tuple[Any, Any]:
+    """The model and processor saved in `folder`.
+
+    Raises:
+        FlamingoError: it is no folder, has no weights, or is no Flamingo.
+    """
+    from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise FlamingoError(f"--model {folder}: expected a folder with a saved Flamingo")
+    if not (path / "config.json").is_file():
+        raise FlamingoError(f"--model {folder}: no config.json, expected a folder with a saved Flamingo")
+    if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+        raise FlamingoError(f"--model {folder}: no weights (model.safetensors) in this folder")
+    try:
+        model = FlamingoForConditionalGeneration.from_pretrained(folder)
+        processor = FlamingoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise FlamingoError(f"--model {folder}: not loadable as a Flamingo: {error}") from None
+    return model.to(device), processor
+
+
+def identity(folder: str) -> dict[str, Any]:
+    """What tells one saved model from another: SHA-256 of its weights, and the recipe where one is kept with it."""
+    path = Path(folder)
+    files = {}
+    for file in sorted(file for pattern in WEIGHTS for file in path.glob(pattern)):
+        with file.open("rb") as content:
+            files[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    recipes = [place / name for place in (path, path.parent) for name in ("recipe.yaml", "recipe.json")]
+    recipe = next((file for file in recipes if file.is_file()), None)
+    return {
+        "folder": str(path.resolve()),
+        "sha256": files,
+        "recipe": None if recipe is None else recipe.read_text(encoding="utf-8"),
+    }
+
+
+def table(results: Results) -> Table:
+    """Accuracy against shots, and the controls, with 95 % intervals."""
+    shots = sorted({cell.shots for cell in results.cells if cell.control is None})
+    controls = [name for name in CONTROLS if any(cell.control == name for cell in results.cells)]
+    shown = Table(title="accuracy (95 % interval) by shots per way", title_justify="left")
+    shown.add_column("task")
+    for count in shots:
+        shown.add_column(str(count), justify="right")
+    for control in controls:
+        shown.add_column(f"{control.replace('_', ' ')}, {CONTROL_SHOTS}", justify="right", style="dim")
+    shown.add_column("chance", justify="right")
+    cells = {(cell.task, cell.shots, cell.control): cell for cell in results.cells}
+    for name, task in results.tasks.items():
+        row = [_shown(cells.get((name, count, None))) for count in shots]
+        row += [_shown(cells.get((name, CONTROL_SHOTS, control))) for control in controls]
+        shown.add_row(name, *row, f"{task.chance:.3f}")
+    return shown
+
+
+def _shown(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    low, high = cell.interval
+    return f"{cell.score:.3f} ({low:.3f}–{high:.3f})" + ("*" if cell.ties else "")
+
+
+@contextmanager
+def ranks() -> Iterator[int]:
+    """Join the process group under torchrun; alone, nothing is set up. Yields the rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.get_rank()
+    finally:
+        distributed.destroy_process_group()
+
+
+@command_line
+def main() -> None:
+    """Entry point of `flamingo-eval`."""
+    options, tasks = parse()
+    shots = parse_shots(options.shots)
+    with ranks() as rank:
+        model, processor = load(options.model, _device(options.device))
+        console = Console(stderr=True, quiet=rank > 0)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=rank > 0) as bar:
+            bars: dict[str, Any] = {}
+
+            def progress(task: str, done: int, total: int) -> None:
+                if task not in bars:
+                    bars[task] = bar.add_task(task, total=total)
+                bar.update(bars[task], completed=done)
+
+            results = evaluate(
+                model,
+                processor,
+                tasks,
+                shots=shots,
+                controls=CONTROLS if options.controls else (),
+                episodes=options.episodes or None,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                split=options.split,
+                progress=progress,
+            )
+        if rank == 0:
+            results.facts["model"] = identity(options.model)
+            path = results.save(options.out)
+            output = Console()
+            output.print(table(results))
+            if any(cell.ties for cell in results.cells):
+                output.print("* some queries were tied: counted in results.json, and given to the first label")
+            output.print(f"{path}")
+
+
+def _device(name: str) -> str:
+    if name != "auto" or not torch.cuda.is_available():
+        return "cpu" if name == "auto" else name
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -1,0 +1,246 @@
+"""Tracking: the metrics file, W&B beside it, and that neither ever stops a training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+import wandb
+
+from train.tracking import METRICS_FILE, Tracker, read_curves
+
+START = {"project": "test", "name": "run"}
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test may find a real key."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+class FakeRun:
+    """Stands for a W&B run; `breaks` names the method that raises."""
+
+    id = "fake"
+
+    def __init__(self, breaks: str = "") -> None:
+        self.breaks, self.rows, self.exit_code = breaks, [], None
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        self._maybe("define_metric")
+
+    def log(self, row: dict) -> None:
+        self._maybe("log")
+        self.rows.append(row)
+
+    def finish(self, exit_code: int) -> None:
+        self._maybe("finish")
+        self.exit_code = exit_code
+
+    def _maybe(self, method: str) -> None:
+        if method == self.breaks:
+            raise RuntimeError(f"no {method}\ntoday")
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes in which W&B was started, without starting it."""
+    started: list[str] = []
+    monkeypatch.setattr(wandb, "init", lambda **given: started.append(given["mode"]) or FakeRun())
+    return started
+
+
+def history(out: Path) -> list[dict]:
+    """The rows of the one offline run under `out`, read by W&B's own reader."""
+    (record,) = out.glob("wandb/offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return [record for record in records if "history" in json.dumps(record)]
+
+
+def test_rows_go_to_the_file_and_to_wandb(tmp_path: Path) -> None:
+    """A metric that reaches only one of the two records, or W&B files outside the run's folder."""
+    with Tracker(tmp_path, **START, mode="offline", config={"seed": 3}) as tracker:
+        tracker.log(1, {"loss": 2.5, "samples": 32.0})
+        tracker.log(2, {"loss": 1.5, "samples": 64.0})
+        assert tracker.run_id
+    assert read_curves(tmp_path / METRICS_FILE) == {"loss": [(1, 2.5), (2, 1.5)], "samples": [(1, 32.0), (2, 64.0)]}
+    recorded = json.dumps(history(tmp_path))
+    assert "2.5" in recorded
+    assert "1.5" in recorded
+
+
+def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
+    """Rows that wait in a buffer when the process is killed: W&B's default keeps 15 s of them, a file object 8 kB."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from train.tracking import Tracker\n"
+        "tracker = Tracker(Path(sys.argv[1]), project='test', name='run', mode='offline')\n"
+        "[tracker.log(step, {'loss': 7000.25 + step}) for step in range(1, 6)]\n"
+        "time.sleep(2)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [step for step, _ in read_curves(tmp_path / METRICS_FILE)["loss"]] == [1, 2, 3, 4, 5]
+    assert all(f"{7000.25 + step}" in json.dumps(history(tmp_path)) for step in range(1, 6))
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path, modes: list[str]) -> None:
+    """A curve that has steps 3 and 4 twice after a resume from step 2, or half a line in its midst."""
+    with Tracker(tmp_path, **START) as tracker:
+        for step in (1, 2, 3, 4):
+            tracker.log(step, {"loss": float(step)})
+    path = tmp_path / METRICS_FILE
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    with Tracker(tmp_path, **START, start_step=2) as tracker:
+        tracker.log(3, {"loss": 30.0})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 30.0},
+    ]
+    assert [each.name for each in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_a_run_from_the_start_has_a_fresh_curve(tmp_path: Path, modes: list[str]) -> None:
+    """Rows of an abandoned run, an evaluation at step 0 among them, showing up in the next one's curves."""
+    for loss in (1.0, 2.0):
+        with Tracker(tmp_path, **START) as tracker:
+            tracker.log(0, {"loss": loss})
+    assert read_curves(tmp_path / METRICS_FILE) == {"loss": [(0, 2.0)]}
+
+
+def test_values_without_a_name_in_json(tmp_path: Path, modes: list[str]) -> None:
+    """`NaN` in the file, at which a browser's JSON parser stops, and with it the report."""
+    with Tracker(tmp_path, **START) as tracker:
+        tracker.log(1, {"loss": float("nan"), "norm": float("inf"), "rate": 1.0})
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "norm": None, "rate": 1.0}
+    assert read_curves(tmp_path / METRICS_FILE) == {"rate": [(1, 1.0)]}
+
+
+def test_rows_of_one_step_are_joined(tmp_path: Path, modes: list[str]) -> None:
+    """A score logged after the loss of its step hiding the loss."""
+    with Tracker(tmp_path, **START) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(1, {"accuracy": 0.5})
+    assert read_curves(tmp_path / METRICS_FILE) == {"loss": [(1, 1.0)], "accuracy": [(1, 0.5)]}
+
+
+@pytest.mark.parametrize(
+    "environment,netrc,expected",
+    [
+        ({}, "", "offline"),
+        ({"WANDB_API_KEY": "k" * 40}, "", "online"),
+        ({}, "machine api.wandb.ai login user password kkk", "online"),
+        ({}, "machine example.org login user password kkk", "offline"),
+        ({"WANDB_BASE_URL": "https://example.org"}, "machine example.org login user password kkk", "online"),
+        ({}, "no netrc at all", "offline"),
+        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", "offline"),
+    ],
+)
+def test_auto_is_online_only_with_a_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modes: list[str], environment: dict, netrc: str, expected: str
+) -> None:
+    """A newcomer without an account asked for a key in the middle of `make quickstart`; a key that is not seen."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    Tracker(tmp_path / "out", **START).finish()
+    assert modes == [expected]
+
+
+def test_auto_follows_a_disabled_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modes: list[str]) -> None:
+    """`WANDB_MODE=disabled` ignored; the metrics file going with it."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with Tracker(tmp_path, **START) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert modes == []
+    assert read_curves(tmp_path / METRICS_FILE) == {"loss": [(1, 1.0)]}
+
+
+def test_other_ranks_write_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modes: list[str]) -> None:
+    """Every rank of a large run opening a W&B run of its own, and all appending to one metrics file."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with Tracker(tmp_path / "out", **START) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert modes == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("breaks", ["init", "define_metric", "log", "finish"])
+def test_wandb_never_stops_a_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, breaks: str
+) -> None:
+    """An exception out of W&B that ends a run of a week, or one warning a step for the rest of it."""
+
+    def init(**_: object) -> FakeRun:
+        if breaks == "init":
+            raise RuntimeError("no init today")
+        return FakeRun(breaks)
+
+    monkeypatch.setattr(wandb, "init", init)
+    with caplog.at_level(logging.WARNING, logger="train.tracking"), Tracker(tmp_path, **START) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"loss": float(step)})
+    assert len(caplog.records) == 1
+    assert f"RuntimeError: no {breaks} today" in caplog.messages[0]
+    assert read_curves(tmp_path / METRICS_FILE) == {"loss": [(1, 1.0), (2, 2.0), (3, 3.0)]}
+
+
+def test_an_unreachable_server_leaves_an_offline_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compute node without a network losing the run because the user has a key."""
+    run, started = FakeRun(), []
+
+    def init(*, mode: str, **_: object) -> FakeRun:
+        started.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no route")
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    with Tracker(tmp_path, **START, mode="online") as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert started == ["online", "offline"]
+    assert run.rows == [{"loss": 1.0, "step": 1}]
+
+
+def test_resuming_online_continues_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A resumed run that starts a new page in W&B."""
+    given = SimpleNamespace()
+    monkeypatch.setattr(wandb, "init", lambda **arguments: setattr(given, "all", arguments) or FakeRun())
+    Tracker(tmp_path, **START, mode="online", resume_id="abc").finish()
+    assert (given.all["id"], given.all["resume"]) == ("abc", "allow")
+
+
+def test_a_training_that_fails_is_marked_as_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A crashed run shown as finished."""
+    run = FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    with pytest.raises(KeyError), Tracker(tmp_path, **START):
+        raise KeyError
+    assert run.exit_code == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+def test_a_full_disk_does_not_stop_a_training(
+    tmp_path: Path, modes: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """ENOSPC at a line of metrics ending the run; the checkpoint is where a full disk must be an error."""
+    with Tracker(tmp_path, **START) as tracker:
+        tracker._file = Path("/dev/full").open("a", buffering=1)
+        tracker.log(2, {"loss": 1.0})
+        tracker.log(3, {"loss": 1.0})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No space left" in caplog.messages[0]

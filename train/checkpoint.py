@@ -1,0 +1,117 @@
+"""Training states: written whole or not at all, resumed from the newest.
+
+A checkpoint is a folder `checkpoints/step-000500` of torch.distributed.checkpoint with what trains, the optimizer and
+the schedule, and `run.json` with the step and the identity of what the run reads. It is written under another name and
+renamed when it is complete. The data need no state of their own: their position is the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from flamingo import FlamingoForConditionalGeneration
+from flamingo.errors import FlamingoError
+from train.parallel import Processes
+
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds."""
+
+    model: FlamingoForConditionalGeneration
+    optimizer: AdamW
+    schedule: LambdaLR
+    step: int = 0
+
+    def tensors(self) -> dict[str, Any]:
+        """Trained parameters and optimizer, as torch.distributed.checkpoint saves them."""
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=OPTIONS)
+        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+
+    def load(self, tensors: dict[str, Any]) -> None:
+        """The inverse of `tensors`."""
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+            options=OPTIONS,
+        )
+        self.schedule.load_state_dict(tensors["schedule"])
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: of the run; they are in its `checkpoints`.
+        identity: what must be equal for a resumed run to be the same run: data, seed, batch, model.
+        keep: how many of the newest stay.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    processes: Processes
+    keep: int = 2
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = sorted((self.folder / "checkpoints").glob("step-*/run.json"))
+        return found[-1].parent if found else None
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint of `state.step`; all processes call this."""
+        path = self.folder / "checkpoints" / f"step-{state.step:06d}"
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        if self.processes.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.processes.wait()
+        dcp.save(state.tensors(), checkpoint_id=unfinished, no_dist=self.processes.world == 1)
+        if self.processes.is_main:
+            record = {"step": state.step, "identity": self.identity}
+            (unfinished / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(unfinished, path)
+            for old in sorted((self.folder / "checkpoints").glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        self.processes.wait()
+
+    def resume(self, state: TrainingState, *, anyway: bool = False) -> bool:
+        """Load the newest checkpoint into `state`, where there is one.
+
+        Raises:
+            FlamingoError: where data or recipe differ from the checkpoint's and `anyway` is not set.
+        """
+        path = self.newest()
+        if path is None:
+            return False
+        try:
+            record = json.loads((path / "run.json").read_text())
+            step, saved = int(record["step"]), dict(record["identity"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FlamingoError(f"{path / 'run.json'}: expected step and identity of a checkpoint") from error
+        different = [key for key in sorted(saved.keys() | self.identity.keys()) if saved.get(key) != self.identity.get(key)]
+        if different and not anyway:
+            key = different[0]
+            raise FlamingoError(
+                f"{path}: {key} was {saved.get(key)}, now {self.identity.get(key)}; "
+                "give another --out, or --resume_anyway true"
+            )
+        tensors = state.tensors()
+        dcp.load(tensors, checkpoint_id=path, no_dist=self.processes.world == 1)
+        state.load(tensors)
+        state.step = step
+        return True

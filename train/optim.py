@@ -1,0 +1,59 @@
+"""AdamW's groups and the learning rate's course."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from train.recipe import OptimizerRecipe
+
+
+def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> AdamW:
+    """AdamW over what trains, in three groups.
+
+    `gates` have a rate of their own; `decayed` are the gated blocks' matrices, the only ones that decay (OpenFlamingo;
+    Flamingo, appendix B.1.2, does not decay the resampler); `plain` are all others.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "gates": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gate = name.endswith("_gate")
+            decayed = "cross_attention." in name and parameter.ndim >= 2
+            groups["gates" if gate else "decayed" if decayed else "plain"].append(parameter)
+    rates = {"gates": recipe.learning_rate * recipe.gate_factor}
+    decays = {"decayed": recipe.weight_decay}
+    return AdamW(
+        [
+            {
+                "params": parameters,
+                "name": name,
+                "lr": rates.get(name, recipe.learning_rate),
+                "weight_decay": decays.get(name, 0.0),
+            }
+            for name, parameters in groups.items()
+        ],
+        betas=recipe.betas,
+    )
+
+
+def build_schedule(optimizer: AdamW, recipe: OptimizerRecipe, steps: int) -> LambdaLR:
+    """The learning rate of every group over `steps` steps."""
+    return LambdaLR(optimizer, rate_factor(recipe, steps))
+
+
+def rate_factor(recipe: OptimizerRecipe, steps: int) -> Callable[[int], float]:
+    """Finished steps → factor of the peak rate: linear warm-up, then constant or a cosine to zero."""
+
+    def factor(done: int) -> float:
+        if done < recipe.warmup_steps:
+            return (done + 1) / recipe.warmup_steps
+        if recipe.schedule == "constant":
+            return 1.0
+        remaining = max(1, steps - recipe.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - recipe.warmup_steps) / remaining)))
+
+    return factor

@@ -1,0 +1,134 @@
+"""Pretraining: `python -m train.pretrain`, or `torchrun --nproc-per-node N -m train.pretrain --config FILE`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.glyphs.documents import write_world_shards
+from data_shards.loader import MicroBatches, Source, rank_batches
+from data_shards.sequences import Sequences
+from data_shards.shards import is_indexed, open_shards
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
+from flamingo.errors import command_line
+from train import loop
+from train.checkpoint import Checkpoints, TrainingState
+from train.optim import build_optimizer, build_schedule
+from train.parallel import Processes, processes
+from train.progress import Progress
+from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
+from train.tracking import Tracker
+
+
+def pretrain(recipe: Recipe, processes: Processes) -> Path:
+    """Run a recipe from where it stands, and return the folder of the trained model.
+
+    Raises:
+        FlamingoError: where shards, backbones or the recipe are not as expected.
+    """
+    recipe.check()
+    if recipe.data.glyphs is not None:
+        make_glyphs(recipe, processes)
+    sources = [
+        Source(name, open_shards(recipe.path(source.shards)), source.share, source.start_step * recipe.batch)
+        for name, source in recipe.data.sources.items()
+    ]
+    torch.manual_seed(recipe.seed)
+    model, processor = build_model(recipe)
+    model.to(processes.device)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, recipe.steps))
+    out = Path(recipe.out)
+    checkpoints = Checkpoints(out, identity(recipe, sources), processes, recipe.keep_checkpoints)
+    resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
+    if processes.is_main and resumed:
+        print(f"resumed from step {state.step} of {recipe.steps} in {out}")
+    if state.step < recipe.steps:
+        data = MicroBatches(
+            sources,
+            Sequences(processor, recipe.data.max_tokens, recipe.data.max_media),
+            micro_batch=recipe.micro_batch,
+            seed=recipe.seed,
+        )
+        batches = rank_batches(
+            data,
+            batch=recipe.batch,
+            start_step=state.step,
+            steps=recipe.steps - state.step,
+            rank=processes.rank,
+            world=processes.world,
+            workers=recipe.data.workers,
+        )
+        with (
+            Tracker(out, project=recipe.tracking.project, name=out.name, mode=recipe.tracking.mode,
+                    config=recipe.as_dict(), start_step=state.step) as tracker,
+            Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
+        ):  # fmt: skip
+            loop.run(recipe, state, processes.replicate(model), batches, checkpoints, tracker, progress, processes)
+    if processes.is_main:
+        save_model(model, processor, out / "model")
+    processes.wait()
+    return out / "model"
+
+
+def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """The recipe's Flamingo over its backbones, in float32."""
+    options = dict(vars(recipe.model))
+    train_new_tokens = options.pop("train_new_tokens")
+    model, processor = from_backbones(dtype=torch.float32, **options)
+    model.new_input_rows.requires_grad_(train_new_tokens)
+    return model, processor
+
+
+def make_glyphs(recipe: Recipe, processes: Processes) -> None:
+    """Write the embedded world's shards where they are not there yet."""
+    glyphs = recipe.data.glyphs
+    assert glyphs is not None
+    folder = recipe.path(glyphs.folder)
+    if processes.is_main and not (is_indexed(folder / "naming") and is_indexed(folder / "episodes")):
+        write_world_shards(
+            folder, naming=glyphs.naming, episodes=glyphs.episodes, seed=recipe.seed, processes=glyphs.processes
+        )
+    processes.wait()
+
+
+def identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
+    """What a resumed run must share with the run that it continues."""
+    described = recipe.as_dict()
+    data = described.pop("data")
+    mixture = {
+        name: {**source, "shards": opened.shards.sha256}
+        for (name, source), opened in zip(data["sources"].items(), sources, strict=True)
+    }
+    kept = {key: described[key] for key in ("seed", "steps", "batch", "micro_batch", "model", "optimizer")}
+    limits = {"max_tokens": data["max_tokens"], "max_media": data["max_media"]}
+    return json.loads(json.dumps({**kept, **limits, "sources": mixture}))  # as it will be read back
+
+
+def save_model(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
+    """Write a `from_pretrained` folder, whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+@command_line
+def main() -> None:
+    """Entry point of `flamingo-pretrain`."""
+    recipe = from_command_line(Recipe, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
+    with processes() as group:
+        folder = pretrain(recipe, group)
+        if group.is_main:
+            print(f"model: {folder}")
+
+
+if __name__ == "__main__":
+    main()

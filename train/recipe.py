@@ -1,0 +1,203 @@
+"""What a run is: dataclasses, read from YAML and overridden on the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+
+from flamingo.errors import FlamingoError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+R = TypeVar("R")
+
+
+@dataclass
+class ModelRecipe:
+    """The backbones and the shape of Flamingo's own parts (`flamingo.FlamingoConfig`)."""
+
+    vision: str = "package:data_shards/glyphs/assets/vision"
+    """folder or hub id of the vision tower; `package:NAME/FOLDER` is inside an installed package"""
+    language: str = "package:data_shards/glyphs/assets/language"
+    """folder or hub id of the causal LM"""
+    cross_attention_every: int = 1
+    """a gated block stands before every this many decoder layers"""
+    cross_attention_heads: int = 8
+    """attention heads of a gated block"""
+    cross_attention_head_dim: int = 64
+    """channels of each head"""
+    cross_attention_ff_mult: int = 4
+    """inner width of a gated block's feed-forward, as a multiple of its width"""
+    resampler_depth: int = 6
+    """layers of the resampler"""
+    resampler_latents: int = 64
+    """latents that a medium becomes"""
+    resampler_heads: int = 8
+    """attention heads of the resampler"""
+    resampler_head_dim: int = 64
+    """channels of each head"""
+    resampler_ff_mult: int = 4
+    """inner width of the resampler's feed-forward, as a multiple of its width"""
+    media_attention: Literal["previous", "all"] = "previous"
+    """which media a text token sees"""
+    train_new_tokens: bool = True
+    """whether the embeddings of `<image>` and `<|endofchunk|>` train, where the LM lacks them"""
+    trust_remote_code: bool = False
+    """run code that comes with the backbones"""
+
+
+@dataclass
+class SourceRecipe:
+    """One shard set of the mixture."""
+
+    shards: str
+    """folder of indexed shards; `{out}` stands for the run's folder"""
+    share: float = 1.0
+    """share of the samples, relative to the other active sources"""
+    loss_weight: float = 1.0
+    """weight of this source's mean loss in the sum (Flamingo, section 3.2)"""
+    start_step: int = 0
+    """step from which on the source is used"""
+
+
+@dataclass
+class GlyphsRecipe:
+    """The embedded world's documents, written before the first step where they are not there yet."""
+
+    folder: str = "{out}/shards"
+    """where `naming` and `episodes` are written; `{out}` stands for the run's folder"""
+    naming: int = 9000
+    """naming documents"""
+    episodes: int = 17000
+    """episodes, each with names of its own"""
+    processes: int = 2
+    """processes that write"""
+
+
+@dataclass
+class DataRecipe:
+    """What is read."""
+
+    sources: dict[str, SourceRecipe] = field(default_factory=dict)
+    """the mixture, by name"""
+    max_tokens: int = 256
+    """tokens of a sequence"""
+    max_media: int = 5
+    """media of a sequence"""
+    workers: int = 1
+    """processes a rank that read ahead; 0 reads in the training process"""
+    glyphs: GlyphsRecipe | None = None
+    """set: write the embedded world first"""
+
+
+@dataclass
+class OptimizerRecipe:
+    """AdamW, its groups and its schedule."""
+
+    learning_rate: float = 1e-4
+    """peak learning rate"""
+    gate_factor: float = 1.0
+    """learning rate of the gates, as a multiple"""
+    weight_decay: float = 0.1
+    """decoupled decay, of the gated blocks' matrices alone"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay of AdamW's running means"""
+    clip: float = 1.0
+    """largest global norm of the gradient"""
+    warmup_steps: int = 5000
+    """steps of linear warm-up"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """after the warm-up: constant, or a cosine to zero at the last step"""
+
+
+@dataclass
+class TrackingRecipe:
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a key is set, else offline"""
+    project: str = "flamingo"
+    """W&B project"""
+    log_every: int = 10
+    """steps between two rows"""
+
+
+@dataclass
+class Recipe:
+    """One pretraining run."""
+
+    out: str = "runs/pretrain"
+    """folder of the run"""
+    seed: int = 0
+    """seed of initialisation, order and augmentation"""
+    steps: int = 1000
+    """optimizer steps"""
+    batch: int = 32
+    """sequences of a step, over all processes; a multiple of micro_batch · processes"""
+    micro_batch: int = 32
+    """sequences of one forward pass"""
+    save_every: int = 500
+    """steps between two checkpoints"""
+    keep_checkpoints: int = 2
+    """how many of the newest checkpoints stay"""
+    resume_anyway: bool = False
+    """resume although data or recipe differ from the checkpoint's"""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
+
+    def path(self, template: str) -> Path:
+        """A path of the recipe, with `{out}` filled in."""
+        return Path(template.replace("{out}", self.out))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for checkpoints and trackers."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise FlamingoError for numbers that cannot be, naming the field."""
+        for name in ("steps", "batch", "micro_batch", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise FlamingoError(f"{name}={getattr(self, name)}: expected a positive number")
+        if not self.data.sources:
+            raise FlamingoError("data.sources: expected at least one source")
+
+
+EMBEDDED = "package:train/recipes/embedded.yaml"
+
+
+def packaged(name: str) -> Path:
+    """The file of `package:NAME/FILE`."""
+    package, _, path = name.removeprefix("package:").partition("/")
+    return Path(str(resources.files(package))) / path
+
+
+def from_command_line(
+    recipe: type[R], arguments: Sequence[str] | None = None, *, default: str | Path | None = None, description: str = ""
+) -> R:
+    """Build a recipe of `--config FILE` (without one: of `default`) and dotted overrides; `--print_config` prints it.
+
+    Raises:
+        FlamingoError: for an unknown key, a value of another type, or a missing file: one line that names it.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    own_config = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    parser = jsonargparse.ArgumentParser(
+        exit_on_error=False,
+        description=description,
+        default_config_files=[str(default)] if default and not own_config else [],
+    )
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="recipe file (YAML)")
+    parser.add_class_arguments(recipe)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+    except (jsonargparse.ArgumentError, TypeError, OSError) as error:
+        raise FlamingoError(" ".join(str(error).split())) from error
+    return recipe(**{field.name: parsed[field.name] for field in fields(recipe)})  # type: ignore[arg-type]

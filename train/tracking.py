@@ -1,0 +1,237 @@
+"""What a run records: a line of `metrics.jsonl` a row, and the same row in Weights & Biases.
+
+`metrics.jsonl` is the record that reports are drawn from; it needs no account and no network. W&B is a convenience
+beside it: whatever goes wrong there is said once and training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import netrc
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "offline", "online", "disabled"]
+
+METRICS_FILE = "metrics.jsonl"
+X_AXES = ("step", "samples", "tokens")
+"""Metrics that others are plotted against: optimizer steps done, sequences seen, tokens seen. W&B takes samples first."""
+
+_FLUSH_SECONDS = 0.5
+"""W&B's own default is 15 s: a killed run lost all its rows."""
+_INIT_SECONDS = 30.0
+"""How long W&B may take to answer before the run is kept offline."""
+_FINISH_SECONDS = 120.0
+"""How long the last upload may hold up the end of a run; what is not sent by then stays on disk for `wandb sync`."""
+
+
+class Tracker:
+    """Records the metrics of one run. Only rank 0 writes; on other ranks every method does nothing.
+
+    Make it after the process group, so that it knows its rank.
+
+    Args:
+        out: folder of the run: gets `metrics.jsonl`, and `wandb/` with the files of W&B.
+        project: W&B project.
+        name: name of the run in W&B.
+        mode: `online`, `offline` (files only, sent later by `wandb sync`) or `disabled` (no W&B). `auto` follows
+            `WANDB_MODE` where it is set, and else is online where a key is found (`WANDB_API_KEY`,
+            `WANDB_IDENTITY_TOKEN_FILE`, or a login in netrc) and offline without one. Where the server does not answer,
+            an online run is kept offline.
+        config: the recipe, kept with the run in W&B.
+        resume_id: the `run_id` of the run that this one continues. Online, W&B appends to that run.
+        start_step: the step that the run continues from. Rows of later steps, written before an interruption, are
+            dropped from `metrics.jsonl`, so that a curve never has a step twice; at 0 all are.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        project: str,
+        name: str,
+        mode: Mode = "auto",
+        config: Mapping[str, Any] | None = None,
+        resume_id: str | None = None,
+        start_step: int = 0,
+    ) -> None:
+        self.run_id: str | None = resume_id
+        """W&B's id of the run, for checkpoints; None where W&B is not used."""
+        self._run: Any = None
+        self._file: TextIO | None = None
+        if not _is_rank_0():
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / METRICS_FILE
+        with _tolerated(f"cannot write {path}; the run has no metrics file"):
+            _drop_rows_after(path, start_step)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        mode = _resolve(mode)
+        if mode != "disabled":
+            self._start(out, mode, project=project, name=name, config=dict(config or {}), id=resume_id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record a row. Several rows may share a step: `read_curves` joins them, as W&B does.
+
+        A value that is not finite becomes null in `metrics.jsonl`: JSON has no name for it.
+        """
+        if self._file is not None:
+            row = {"step": step} | {key: _finite(value) for key, value in metrics.items()}
+            try:
+                self._file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                file, self._file = self._file, None
+                logger.warning("metrics are no longer written to %s: %s", file.name, error)
+                with contextlib.suppress(OSError):
+                    file.close()
+        if self._run is not None:
+            # The step is a column and not W&B's own counter, which refuses to go back where a resumed run starts again.
+            row = {**metrics, "step": step}
+            self._guarded(lambda run: run.log(row), "W&B stopped recording; metrics.jsonl goes on")
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Close files and the W&B run, which `failed` marks as such. A second call does nothing."""
+        if self._file is not None:
+            with _tolerated("the metrics file could not be closed"):
+                self._file.close()
+            self._file = None
+        if self._run is not None:
+            self._guarded(lambda run: run.finish(exit_code=int(failed)), "W&B could not finish the run")
+            self._run = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.finish(failed=error is not None)
+
+    def _start(self, out: Path, mode: Mode, **arguments: Any) -> None:
+        """Begin a W&B run; one that cannot go online is begun offline."""
+        try:
+            import wandb  # here, because it takes a second that only rank 0 need spend
+
+            settings = wandb.Settings(
+                x_transaction_log_flush_interval=_FLUSH_SECONDS,
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+                console="off",  # it would capture the progress display
+                silent=True,
+            )
+            resume = "allow" if mode == "online" and arguments["id"] else None
+            self._run = wandb.init(dir=out, mode=mode, resume=resume, settings=settings, **arguments)
+            self.run_id = self._run.id
+            for axis in X_AXES:
+                self._run.define_metric(axis, hidden=True)
+            self._run.define_metric("*", step_metric="samples")
+        except Exception as error:  # noqa: BLE001 - W&B raises whatever it likes, and none of it may stop a training
+            self._run = None
+            if mode == "online":
+                logger.warning("W&B did not start online; the run is kept offline: %s", _line(error))
+                self._start(out, "offline", **arguments)
+            else:
+                logger.warning("W&B did not start; metrics.jsonl is the only record: %s", _line(error))
+
+    def _guarded(self, action: Callable[[Any], None], otherwise: str) -> None:
+        """Do something with the W&B run; where it fails, say so and let go of the run."""
+        try:
+            action(self._run)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._run = None
+            logger.warning("%s: %s", otherwise, _line(error))
+
+
+@contextlib.contextmanager
+def _tolerated(otherwise: str) -> Iterator[None]:
+    """Turn an OSError into a warning."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s: %s", otherwise, error)
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a `metrics.jsonl`: metric → [(step, value), …] in order of steps. Nulls are left out.
+
+    A last line that a kill cut short is ignored. A missing file has no curves.
+    """
+    curves: dict[str, dict[int, float]] = {}
+    for row in _rows(path):
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                curves.setdefault(key, {})[row["step"]] = value
+    return {key: sorted(points.items()) for key, points in curves.items()}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Rewrite a metrics file without the rows after `step`, at once: a kill leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step] if step else []
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _is_rank_0() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _resolve(mode: Mode) -> Mode:
+    """What `auto` means here."""
+    if mode != "auto":
+        return mode
+    match os.environ.get("WANDB_MODE", "").lower():
+        case "online" | "shared":
+            return "online"
+        case "offline" | "dryrun":
+            return "offline"
+        case "disabled":
+            return "disabled"
+    return "online" if _has_key() else "offline"
+
+
+def _has_key() -> bool:
+    """Whether W&B would find credentials without asking, looked up where W&B itself looks."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        login = netrc.netrc(path).authenticators(host)
+    except (OSError, RuntimeError, netrc.NetrcParseError):
+        return False
+    return login is not None and bool(login[2])
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
