@@ -38,9 +38,7 @@ class MicroBatches(Dataset[BatchFeature]):
             raise FlamingoError("data: expected at least one source")
         self.sources, self.sequences = list(sources), sequences
         self.micro_batch, self.seed = micro_batch, seed
-        self.mixture = MixtureOrder(
-            [source.share for source in sources], seed, [source.start for source in sources]
-        )
+        self.mixture = MixtureOrder([source.share for source in sources], seed, [source.start for source in sources])
         self.orders = [ShuffledOrder(source.shards.sizes, seed + number) for number, source in enumerate(sources)]
 
     def __getitem__(self, number: int) -> BatchFeature:
@@ -61,7 +59,7 @@ class MicroBatches(Dataset[BatchFeature]):
 def rank_batches(
     data: MicroBatches, *, batch: int, start_step: int, steps: int, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Iterator[BatchFeature]:
-    """This rank's micro-batches of the steps `start_step` … `start_step + steps − 1`, step by step.
+    """Micro-batches of one rank, for of the steps `start_step` … `start_step + steps − 1`, step by step.
 
     Args:
         batch: samples of a step over all ranks; a multiple of `micro_batch · world`.
@@ -76,7 +74,9 @@ def rank_batches(
         )
     per_step = batch // data.micro_batch
     mine = [
-        step * per_step + number for step in range(start_step, start_step + steps) for number in range(rank, per_step, world)
+        step * per_step + number
+        for step in range(start_step, start_step + steps)
+        for number in range(rank, per_step, world)
     ]
     return iter(
         DataLoader(

@@ -67,8 +67,8 @@ class ShuffledOrder:
 class MixtureOrder:
     """Which source gives which position, when each source has a share of the samples from some position on.
 
-    A source with `start` > 0 is silent before that position; shares are relative to the sources that are active. In every
-    1,000 positions of a phase each source has exactly its share, rounded to a thousandth, in a seeded order.
+    A source with `start` > 0 is silent before that position; shares are relative to the sources that are active. In
+    every 1,000 positions of a phase each source has exactly its share, rounded to a thousandth, in a seeded order.
     """
 
     BLOCK = 1000

@@ -12,7 +12,7 @@ import numpy as np
 
 from flamingo.document import Document, Text
 from flamingo.errors import FlamingoError
-from flamingo.processing import Encoding, FlamingoProcessor, IGNORED
+from flamingo.processing import IGNORED, Encoding, FlamingoProcessor
 
 
 @dataclass(frozen=True)

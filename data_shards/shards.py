@@ -1,7 +1,7 @@
 """Tar shards of documents, in WebDataset's format, with an index of byte offsets beside them.
 
-A sample is `{key}.json`, the document, and its media as raw files `{key}.0.png`, `{key}.1.jpg`, …. The index makes every
-sample readable alone: `index.json` lists the shards with their sizes and checksums, `{shard}.offsets.npy` holds where
+A sample is `{key}.json`, the document, and its media as raw files `{key}.0.png`, `{key}.1.jpg`, …. The index makes
+every sample readable alone: `index.json` lists the shards with their sizes and checksums, `{shard}.offsets.npy` holds where
 each sample begins and where the last one ends (8 bytes a sample).
 """
 
@@ -108,7 +108,7 @@ def write_shards(
 ) -> ShardAccount:
     """Write documents as `{folder}/{prefix}-00000.tar`, … and add them to the folder's index.
 
-    A shard is bounded by samples and by bytes of media. It gets its name only when it is whole, and the index is written
+    A shard is bounded by samples and by bytes. It gets its name only when it is whole, and the index is written
     last: a folder without one is not finished.
 
     Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -58,8 +59,8 @@ def from_backbones(
     """Put a Flamingo over two backbones; its own parts are new, and its gates closed.
 
     Args:
-        vision: folder or hub id of a vision tower that yields patch tokens or a feature map; of a two-tower model (CLIP,
-            SigLIP) the vision part is taken.
+        vision: folder or hub id of a vision tower that yields patch tokens or a feature map; of a two-tower model
+            (CLIP, SigLIP) the vision part is taken.
         language: folder or hub id of a causal LM with its tokenizer.
         trust_remote_code: run code that comes with the weights.
         dtype: of the backbones.
@@ -89,7 +90,9 @@ def assemble(
     """`from_backbones` over loaded parts: adds the special tokens, builds the model and starts its new rows."""
     kernels = {backbone: backbone.config._attn_implementation for backbone in (vision_tower, language_model)}
     known = set(tokenizer.get_vocab().values())
-    tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK, IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [END_OF_CHUNK, IMAGE_TOKEN]}, replace_extra_special_tokens=False
+    )
     ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (END_OF_CHUNK, IMAGE_TOKEN)}
     config = FlamingoConfig(
         vision_tower.config,
@@ -116,9 +119,9 @@ def assemble(
 @torch.no_grad()
 def _start_new_rows(model: FlamingoForConditionalGeneration, known: list[int]) -> None:
     """New rows start at the mean of the LM's rows plus a tenth of their spread, so that no new token stands out."""
-    ends = [(model.new_input_rows, model.get_input_embeddings())]
+    ends: list[tuple[Tensor, Any]] = [(model.new_input_rows, model.get_input_embeddings().weight)]
     if model.new_output_rows is not None:
-        ends.append((model.new_output_rows, model.get_output_embeddings()))
+        ends.append((model.new_output_rows, model.get_output_embeddings().weight))
     for rows, table in ends:
-        used = table.weight[[i for i in known if i < table.weight.shape[0]]].float()
+        used = table[[i for i in known if i < table.shape[0]]].float()
         rows.copy_(used.mean(0) + 0.1 * used.std(0) * torch.randn(rows.shape))

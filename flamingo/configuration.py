@@ -49,8 +49,8 @@ class FlamingoConfig(PretrainedConfig):
         resampler_ff_mult: int = 4,
         resampler_max_frames: int = 0,
         media_attention: Literal["previous", "all"] = "previous",
-        image_token_id: int | None = None,
-        end_of_chunk_token_id: int | None = None,
+        image_token_id: int = -1,
+        end_of_chunk_token_id: int = -1,
         new_token_ids: list[int] | None = None,
         vocab_size: int | None = None,
         decoder_layers: str | None = None,
@@ -62,8 +62,8 @@ class FlamingoConfig(PretrainedConfig):
             raise FlamingoError(f"media_attention={media_attention!r}: expected one of {', '.join(MEDIA_ATTENTION)}")
         if cross_attention_every < 1:
             raise FlamingoError(f"cross_attention_every={cross_attention_every}: expected a positive number of layers")
-        self.vision_config = _as_config(vision_config)
-        self.text_config = _as_config(text_config)
+        self.vision_config: Any = _as_config(vision_config)
+        self.text_config: Any = _as_config(text_config)
         self.cross_attention_every = cross_attention_every
         self.cross_attention_heads = cross_attention_heads
         self.cross_attention_head_dim = cross_attention_head_dim

@@ -27,7 +27,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """hidden (B, T, D), keys and values (B, H, S·R, C), visible (B, 1, T, S·R) → (B, T, D).
+        """`hidden` (B, T, D), `keys` and `values` (B, H, S·R, C), `visible` (B, 1, T, S·R) → (B, T, D).
 
         Exactly zero for a token that sees nothing.
         """
@@ -50,13 +50,13 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def project_media(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents (N, R, D) → keys and values, each (N, R, H, C)."""
+        """`latents` (N, R, D) → keys and values, each (N, R, H, C)."""
         key, value = rearrange(
             self.attn.to_kv(latents), "n r (two h c) -> two n r h c", two=2, h=self.attn.heads
         ).unbind(0)
         return key, value
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """hidden (B, T, D) → (B, T, D); the other arguments as `CrossAttention.forward` has them."""
+        """`hidden` (B, T, D) → (B, T, D); the other arguments as `CrossAttention.forward` has them."""
         hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, keys, values, visible)
         return hidden + self.ff_gate.tanh() * self.ff(hidden)

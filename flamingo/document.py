@@ -20,7 +20,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """One image: the bytes of an encoded file (PNG, JPEG, WebP, …) and its file name, for messages and for its suffix."""
+    """One image: the bytes of an encoded file (PNG, JPEG, WebP, …) and its file name, for messages and its suffix."""
 
     data: bytes = field(repr=False)
     name: str = ""
@@ -42,7 +42,7 @@ class Document:
     """An interleaved document.
 
     `key` names it in messages and shards, `source` says where it came from (losses are reported by source), and
-    `metadata` is carried along untouched. `complete=False` makes it a prompt: its last chunk stays open for the model.
+    `metadata` is carried along. `complete=False` makes it a prompt: its last chunk stays open for the model.
     """
 
     segments: tuple[Segment, ...]

@@ -7,6 +7,7 @@ torchvision. Legend: N media, F frames, C channels, H height, W width.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class PixelSettings:
 
         def setting(name: str) -> Any:
             value = getattr(image_processor, name, None)
-            return dict(value) if hasattr(value, "keys") else value
+            return dict(value) if isinstance(value, Mapping) else value
 
         size, crop = setting("size") or {}, setting("crop_size") if setting("do_center_crop") else None
         shortest = size.get("shortest_edge")
@@ -81,8 +82,9 @@ def decode(image: Image, channels: int) -> Tensor:
     try:
         if channels == 3 and simplejpeg.is_jpeg(image.data) and b"Exif" not in image.data[:64]:
             return torch.from_numpy(rearrange(simplejpeg.decode_jpeg(image.data), "h w c -> c h w").copy())
-        picture = PilImage.open(io.BytesIO(image.data))
-        picture = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+        picture = ImageOps.exif_transpose(PilImage.open(io.BytesIO(image.data))).convert(
+            "L" if channels == 1 else "RGB"
+        )
     except Exception as error:  # Pillow and simplejpeg raise many kinds
         raise FlamingoError(f"{image.name or 'image'}: expected an image file ({error})") from error
     pixels = torch.from_numpy(np.array(picture))
@@ -112,7 +114,9 @@ def media_pixels(media: list[Medium] | tuple[Medium, ...], settings: PixelSettin
     """
     frames = [medium.frames if isinstance(medium, Video) else (medium,) for medium in media]
     if len({len(each) for each in frames}) > 1:
-        raise FlamingoError(f"media of {sorted({len(each) for each in frames})} frames in one batch: expected one number")
+        raise FlamingoError(
+            f"media of {sorted({len(each) for each in frames})} frames in one batch: expected one number"
+        )
     shape = (settings.channels, settings.height, settings.width)
     if not frames:
         return torch.empty(0, 1, *shape)

@@ -1,4 +1,4 @@
-'''Which media a text token may see.
+"""Which media a text token may see.
 
 Visibility is an interval of media of the token's own sample, `media_first … media_last`, counted from 1; `media_last`
 is 0 where the token sees nothing. `<image>` sees its own medium. Text before the first medium sees nothing.
@@ -9,9 +9,9 @@ is 0 where the token sees nothing. `<image>` sees its own medium. Text before th
     all first       0    0    1       1    1    1       1    1       1       1
     all last        0    0    1       1    1    2       2    3       4       4
 
-Under "previous" a token sees the one medium that stands last before it (Flamingo, section 2.3 and appendix A.1.3), under
-"all" every medium up to it. In a packed row "all" begins at the first medium of the token's own document, and text
-before a document's first medium sees nothing:
+Under "previous" a token sees the one medium that stands last before it (Flamingo, section 2.3 and appendix A.1.3),
+under "all" every medium up to it. In a packed row "all" begins at the first medium of the token's own document, and
+text before a document's first medium sees nothing:
 
     token           a    <image> cat  |    dogs <image> bark <image> run
     document        1    1       1    |    2    2       2    2       2
@@ -22,7 +22,7 @@ before a document's first medium sees nothing:
 
 Legend: B samples, T text tokens, N media of the batch, S media slots a sample (the most of any), R latents, H heads,
 C channels of a head.
-'''
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -74,6 +74,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config_class = FlamingoConfig
     config: FlamingoConfig
+    row_of: Tensor
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -108,10 +109,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise FlamingoError(
                 f"cross_attention_every={config.cross_attention_every}: the LM has only {len(layers)} decoder layers"
             )
-        hidden_size = config.text_config.get_text_config().hidden_size
+        text_config = config.text_config.get_text_config()
         self.cross_attention = nn.ModuleList(
             GatedCrossAttention(
-                hidden_size,
+                text_config.hidden_size,
                 config.vision_width,
                 heads=config.cross_attention_heads,
                 head_dim=config.cross_attention_head_dim,
@@ -120,9 +121,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for _ in conditioned
         )
         new = len(config.new_token_ids)
-        tied = config.text_config.get_text_config().tie_word_embeddings
         self.new_input_rows = nn.Parameter(torch.zeros(new, embedding.embedding_dim))
-        self.new_output_rows = None if tied else nn.Parameter(torch.zeros(new, head.weight.shape[1]))
+        self.new_output_rows = (
+            None if text_config.tie_word_embeddings else nn.Parameter(torch.zeros(new, head.weight.shape[1]))
+        )
         # A row for each id: row_of[id] is the row of a new token, −1 for a token of the LM.
         row_of = torch.full((max([config.vocab_size or 0, *[i + 1 for i in config.new_token_ids]]),), -1)
         row_of[config.new_token_ids] = torch.arange(new)
@@ -191,10 +193,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_tower.eval()
         return self
 
+    def _blocks(self) -> list[GatedCrossAttention]:
+        return cast(list[GatedCrossAttention], list(self.cross_attention))
+
     def gates(self) -> dict[str, Tensor]:
-        """tanh of every gate, by name: `attention.{block}` and `feed_forward.{block}`, each ()."""
+        """`tanh` of every gate, by name: `attention.{block}` and `feed_forward.{block}`, each ()."""
         named = {}
-        for block, module in enumerate(self.cross_attention):
+        for block, module in enumerate(self._blocks()):
             named[f"attention.{block}"] = module.attn_gate.detach().tanh().squeeze()
             named[f"feed_forward.{block}"] = module.ff_gate.detach().tanh().squeeze()
         return named
@@ -202,7 +207,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @contextmanager
     def gates_closed(self) -> Iterator[None]:
         """While open, every gate is zero: the frozen LM, which sees no medium."""
-        gates = [gate for block in self.cross_attention for gate in (block.attn_gate, block.ff_gate)]
+        gates = [gate for block in self._blocks() for gate in (block.attn_gate, block.ff_gate)]
         opened = [gate.detach().clone() for gate in gates]
         with torch.no_grad():
             for gate in gates:
@@ -217,7 +222,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- media ---------------------------------------------------------------------------------------------------------
 
     def encode_media(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, F, C, H, W) → latents (N, R, D). A frozen tower runs without a graph; N may be 0."""
+        """`pixel_values` (N, F, C, H, W) → latents (N, R, D). A frozen tower runs without a graph; N may be 0."""
         if pixel_values.ndim != 5:
             raise FlamingoError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (media, frames, channels, height, width)"
@@ -233,15 +238,15 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.resampler(tokens.reshape(media, frames, *tokens.shape[1:]))
 
     def remember_media(self, media_latents: Tensor) -> MediaMemory:
-        """latents (N, R, D) → their keys and values for every gated block."""
-        projected = [block.project_media(media_latents) for block in self.cross_attention]
+        """`media_latents` (N, R, D) → their keys and values for every gated block."""
+        projected = [block.project_media(media_latents) for block in self._blocks()]
         keys, values = zip(*projected, strict=True)
         return MediaMemory(keys, values)
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """input_ids (B, T) → (B, T, D): rows of the LM's table, or of the new tokens'."""
+        """`input_ids` (B, T) → (B, T, D): rows of the LM's table, or of the new tokens'."""
         embedding = self._embedding()
         row = self._rows(input_ids)
         known = embedding(input_ids.masked_fill(row >= 0, 0))
@@ -301,7 +306,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if media_latents is None:
                 media_latents = self._no_latents() if pixel_values is None else self.encode_media(pixel_values)
             media_memory = self.remember_media(media_latents)
-        counts = (input_ids == self.config.image_token_id).sum(dim=1)
+        counts = self._count_marks(input_ids)
         if media_per_sample is None:
             media_per_sample = counts
         if not torch.compiler.is_compiling():
@@ -339,7 +344,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._conditioning = None
         logits = self._mask_unused(output.logits)
         past_key_values = output.get("past_key_values")
-        if targets is None or supervised is None:
+        if labels is None or targets is None or supervised is None:
             return FlamingoOutput(logits=logits, past_key_values=past_key_values)
         logits = logits.squeeze(0)
         losses = cross_entropy(logits.float(), targets, reduction="none")
@@ -352,6 +357,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             sample_losses=zeros.index_add(0, sample, losses),
             sample_tokens=zeros.long().index_add(0, sample, torch.ones_like(sample)),
         )
+
+    def _count_marks(self, input_ids: Tensor) -> Tensor:
+        return input_ids.eq(self.config.image_token_id).sum(dim=1)
 
     def _no_latents(self) -> Tensor:
         latents = self.resampler.latents
@@ -367,7 +375,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; takes the media arguments of `forward` and encodes each medium once.
 
         `<image>` is never generated.
@@ -379,15 +387,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 latents = self._no_latents() if pixel_values is None else self.encode_media(pixel_values)
             kwargs["media_memory"] = self.remember_media(latents)
         if kwargs.get("media_per_sample") is None:
-            kwargs["media_per_sample"] = (input_ids == self.config.image_token_id).sum(dim=1)
+            kwargs["media_per_sample"] = self._count_marks(input_ids)
         suppressed = set(kwargs.pop("suppress_tokens", None) or []) | {self.config.image_token_id}
         return super().generate(inputs, suppress_tokens=sorted(suppressed), **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Visibility from all ids so far, cut to the tokens of this pass."""
-        first, last = visible_media(
-            input_ids, self.config.image_token_id, media_attention=self.config.media_attention
-        )
+        first, last = visible_media(input_ids, self.config.image_token_id, media_attention=self.config.media_attention)
         prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)
         length = prepared["input_ids"].shape[1]
         prepared["media_first"], prepared["media_last"] = first[:, -length:], last[:, -length:]
@@ -396,7 +402,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return prepared
 
     @staticmethod
-    def _expand_inputs_for_generation(  # type: ignore[override]
+    def _expand_inputs_for_generation(
         expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat every sample for its beams; flat media are repeated sample by sample, never one by one."""
@@ -473,11 +479,14 @@ class _AppendNewTokens(_Hook):
 
 def _check_media(media_per_sample: Tensor, media: int, counts: Tensor | None) -> None:
     if int(media_per_sample.sum()) != media:
-        raise FlamingoError(f"media_per_sample: expected numbers that add up to {media} media, got {media_per_sample.tolist()}")
+        raise FlamingoError(
+            f"media_per_sample: expected numbers that add up to {media} media, got {media_per_sample.tolist()}"
+        )
     if counts is not None and not torch.equal(counts, media_per_sample):
         sample = int((counts != media_per_sample).nonzero()[0])
         raise FlamingoError(
-            f"found {int(counts[sample])} image tokens but received {int(media_per_sample[sample])} media (sample {sample})"
+            f"found {int(counts[sample])} image tokens but received {int(media_per_sample[sample])} media "
+            f"(sample {sample})"
         )
 
 
@@ -494,7 +503,9 @@ def decoder_layers(language_model: nn.Module, path: str | None = None) -> nn.Mod
         except AttributeError:
             raise FlamingoError(f"decoder_layers={path!r}: {name} has no such submodule") from None
         if not isinstance(found, nn.ModuleList):
-            raise FlamingoError(f"decoder_layers={path!r}: expected a ModuleList of {name}, found {type(found).__name__}")
+            raise FlamingoError(
+                f"decoder_layers={path!r}: expected a ModuleList of {name}, found {type(found).__name__}"
+            )
         return found
     config: Any = language_model.config
     depth = config.get_text_config().num_hidden_layers
@@ -512,7 +523,7 @@ def decoder_layers(language_model: nn.Module, path: str | None = None) -> nn.Mod
 
 
 def patch_tokens(vision_tower: PreTrainedModel, images: Tensor) -> Tensor:
-    """images (N, C, H, W) → the tower's patch tokens (N, V, D), in rows.
+    """`images` (N, C, H, W) → the tower's patch tokens (N, V, D), in rows.
 
     The tower's `last_hidden_state`, which for CLIP is without the final LayerNorm, as Flamingo uses it (SigLIP, ViT and
     DINOv2 apply theirs). Leading tokens that are no patches (class, registers) are dropped; feature maps are flattened.

@@ -125,7 +125,9 @@ class FlamingoProcessor(ProcessorMixin):
     ) -> Encoding:
         marks = input_ids.count(self.image_token_id)
         if marks != len(media):
-            raise FlamingoError(f"found {marks} image tokens but received {len(media)} images (sample key={key or '?'})")
+            raise FlamingoError(
+                f"found {marks} image tokens but received {len(media)} images (sample key={key or '?'})"
+            )
         if bos and self.tokenizer.bos_token_id is not None:
             input_ids, labels = [self.tokenizer.bos_token_id, *input_ids], [IGNORED, *labels]
         if eos and self.tokenizer.eos_token_id is not None:
@@ -159,7 +161,7 @@ class FlamingoProcessor(ProcessorMixin):
             }
         )
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,

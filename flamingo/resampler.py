@@ -6,6 +6,8 @@ Legend: N media, F frames, V vision tokens a frame, R latents, H heads, C channe
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
-        """media (N, F·V, D), latents (N, R, D) → (N, R, D)."""
+        """`media` (N, F·V, D), `latents` (N, R, D) → (N, R, D)."""
         media, latents = self.norm_media(media), self.norm_latents(latents)
         query = rearrange(self.to_q(latents), "n r (h c) -> n h r c", h=self.heads)
         key_value = self.to_kv(torch.cat((media, latents), dim=1))
@@ -79,12 +81,13 @@ class PerceiverResampler(nn.Module):
             init.normal_(self.frame_embeddings)
 
     def forward(self, media: Tensor) -> Tensor:
-        """media (N, F, V, D) → latents (N, R, D); N may be 0."""
+        """`media` (N, F, V, D) → latents (N, R, D); N may be 0."""
         if self.frame_embeddings is not None:
             media = media + rearrange(self._frames(media.shape[1]), "f d -> f 1 d")
         media = rearrange(media, "n f v d -> n (f v) d")
         latents = repeat(self.latents, "r d -> n r d", n=media.shape[0])
-        for attention, mlp in self.layers:
+        for layer in self.layers:
+            attention, mlp = cast(nn.ModuleList, layer)
             latents = attention(media, latents) + latents
             latents = mlp(latents) + latents
         return self.norm(latents)

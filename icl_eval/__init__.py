@@ -5,6 +5,7 @@ report.py.
 """
 
 from icl_eval.evaluation import Results, evaluate, summary
+from icl_eval.report import write_report
 from icl_eval.tasks import Task, load_task
 
-__all__ = ["Results", "Task", "evaluate", "load_task", "summary"]
+__all__ = ["Results", "Task", "evaluate", "load_task", "summary", "write_report"]

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import distributed
+from transformers.utils import logging as transformers_logging
 
 from flamingo.errors import FlamingoError, command_line
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
 from icl_eval.evaluation import Cell, Results, evaluate
-from icl_eval.tasks import available
+from icl_eval.tasks import available, load_task
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -33,7 +36,7 @@ class Options:
         model: folder of a saved Flamingo.
         out: folder for results.json and predictions.jsonl.
         shots: demonstrations per way, such as 0,1,4; empty: each task's own.
-        episodes: queries of a cell; 0: each task's own number.
+        episodes: queries of a cell; unset: each task's own number.
         batch_size: queries of a batch; scores do not depend on it.
         seed: of all draws; unset: each task's own.
         split: held-out split to use instead of each task's own: "validation" while designs are being chosen.
@@ -44,7 +47,7 @@ class Options:
     model: str
     out: str
     shots: str = ""
-    episodes: int = 0
+    episodes: int | None = None
     batch_size: int = 128
     seed: int | None = None
     split: str | None = None
@@ -59,19 +62,23 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
         FlamingoError: an argument that is unknown, missing or malformed.
     """
     parser = ArgumentParser(prog="flamingo-eval", description=Options.__doc__.splitlines()[0], exit_on_error=False)
-    parser.add_class_arguments(Options)
+    parser.add_class_arguments(Options, skip={"controls"})
+    flag = "also run the controls, under which scores must fall to chance"
+    parser.add_argument("--controls", action=ActionYesNo, default=False, help=flag)
     known = ", ".join(available())
     parser.add_argument("--task", action="append", help=f"name or YAML file, may be repeated; known: {known}")
+    given = sys.argv[1:] if arguments is None else arguments
+    spelled = [re.sub(r"^--[a-z-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in given]
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(spelled)
     except ArgumentError as error:
         raise FlamingoError(str(error)) from None
-    names = [name for given in parsed.pop("task") or [] for name in given.split(",") if name]
+    names = [name for each in parsed.pop("task") or [] for name in each.split(",") if name]
     return Options(**vars(parsed)), names or available()
 
 
 def parse_shots(text: str) -> list[int] | None:
-    """ "0,1,4" → [0, 1, 4]; "" → None.
+    """Text such as "0,1,4" → [0, 1, 4]; "" → None.
 
     Raises:
         FlamingoError: anything else.
@@ -162,46 +169,58 @@ def ranks() -> Iterator[int]:
         distributed.destroy_process_group()
 
 
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each task, on stderr, from its first report on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=Console(stderr=True))
+    started: dict[str, TaskID] = {}
+
+    def progress(task: str, done: int, total: int) -> None:
+        if shown:
+            bars.start()
+            if task not in started:
+                started[task] = bars.add_task(task, total=total)
+            bars.update(started[task], completed=done)
+
+    try:
+        yield progress
+    finally:
+        if started:
+            bars.stop()
+
+
 @command_line
 def main() -> None:
     """Entry point of `flamingo-eval`."""
-    options, tasks = parse()
-    shots = parse_shots(options.shots)
-    with ranks() as rank:
+    options, names = parse()
+    tasks, shots = [load_task(name) for name in names], parse_shots(options.shots)
+    transformers_logging.disable_progress_bar()
+    with ranks() as rank, progress_bars(shown=rank == 0) as progress:
         model, processor = load(options.model, _device(options.device))
-        console = Console(stderr=True, quiet=rank > 0)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=rank > 0) as bar:
-            bars: dict[str, Any] = {}
-
-            def progress(task: str, done: int, total: int) -> None:
-                if task not in bars:
-                    bars[task] = bar.add_task(task, total=total)
-                bar.update(bars[task], completed=done)
-
-            results = evaluate(
-                model,
-                processor,
-                tasks,
-                shots=shots,
-                controls=CONTROLS if options.controls else (),
-                episodes=options.episodes or None,
-                batch_size=options.batch_size,
-                seed=options.seed,
-                split=options.split,
-                progress=progress,
-            )
-        if rank == 0:
-            results.facts["model"] = identity(options.model)
-            path = results.save(options.out)
-            output = Console()
-            output.print(table(results))
-            if any(cell.ties for cell in results.cells):
-                output.print("* some queries were tied: counted in results.json, and given to the first label")
-            output.print(f"{path}")
+        results = evaluate(
+            model,
+            processor,
+            tasks,
+            shots=shots,
+            controls=CONTROLS if options.controls else (),
+            episodes=options.episodes,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            split=options.split,
+            progress=progress,
+        )
+    if rank == 0:
+        results.facts["model"] = identity(options.model)
+        path = results.save(options.out)
+        console = Console()
+        console.print(table(results))
+        if any(cell.ties for cell in results.cells):
+            console.print("* tied queries went to the first label; results.json counts them")
+        console.print(str(path), soft_wrap=True)
 
 
 def _device(name: str) -> str:
-    if name != "auto" or not torch.cuda.is_available():
-        return "cpu" if name == "auto" else name
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return name

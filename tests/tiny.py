@@ -30,8 +30,8 @@ WIDTH, VOCABULARY = 32, 128
 def language_configs(vocabulary: int = VOCABULARY) -> dict[str, PretrainedConfig]:
     """One tiny configuration a family; the vocabulary may be larger than the tokenizer's, as with OPT or Pythia."""
     common = dict(
-        vocab_size=vocabulary, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=vocabulary, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return {
         "llama": LlamaConfig(**common, intermediate_size=64, tie_word_embeddings=False),

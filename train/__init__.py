@@ -1,1 +1,1 @@
-"""torchrun entry points: pretraining, and the quickstart that runs everything. Nothing here is imported by a library user."""
+"""torchrun entry points: pretraining, and the quickstart that runs everything; no library user imports this."""

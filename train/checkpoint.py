@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,14 @@ class Checkpoints:
     processes: Processes
     keep: int = 2
 
+    @staticmethod
+    @contextmanager
+    def _quiet() -> Iterator[None]:
+        """Without torch's warning that a single process needs no process group."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
         found = sorted((self.folder / "checkpoints").glob("step-*/run.json"))
@@ -79,7 +90,8 @@ class Checkpoints:
         if self.processes.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.processes.wait()
-        dcp.save(state.tensors(), checkpoint_id=unfinished, no_dist=self.processes.world == 1)
+        with self._quiet():
+            dcp.save(state.tensors(), checkpoint_id=unfinished, no_dist=self.processes.world == 1)
         if self.processes.is_main:
             record = {"step": state.step, "identity": self.identity}
             (unfinished / "run.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -103,7 +115,9 @@ class Checkpoints:
             step, saved = int(record["step"]), dict(record["identity"])
         except (ValueError, KeyError, TypeError) as error:
             raise FlamingoError(f"{path / 'run.json'}: expected step and identity of a checkpoint") from error
-        different = [key for key in sorted(saved.keys() | self.identity.keys()) if saved.get(key) != self.identity.get(key)]
+        different = [
+            key for key in sorted(saved.keys() | self.identity.keys()) if saved.get(key) != self.identity.get(key)
+        ]
         if different and not anyway:
             key = different[0]
             raise FlamingoError(
@@ -111,7 +125,8 @@ class Checkpoints:
                 "give another --out, or --resume_anyway true"
             )
         tensors = state.tensors()
-        dcp.load(tensors, checkpoint_id=path, no_dist=self.processes.world == 1)
+        with self._quiet():
+            dcp.load(tensors, checkpoint_id=path, no_dist=self.processes.world == 1)
         state.load(tensors)
         state.step = step
         return True

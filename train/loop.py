@@ -41,7 +41,7 @@ def run(
         accumulate_gradients(model, micro_batches, weights, processes, meter)
         norm = update_parameters(state, recipe.optimizer.clip)
         state.step = step
-        progress.update(step, meter.loss, state.schedule.get_last_lr()[0], meter.rates())
+        progress.update(step, meter.loss, float(state.schedule.get_last_lr()[0]), meter.rates())
         if due(step, recipe.tracking.log_every, recipe.steps):
             tracker.log(step, meter.report(state, norm, step * recipe.batch))
         if due(step, recipe.save_every, recipe.steps):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from data_shards.glyphs.documents import write_world_shards
 from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
 from data_shards.shards import is_indexed, open_shards
@@ -87,6 +86,8 @@ def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, Flami
 
 def make_glyphs(recipe: Recipe, processes: Processes) -> None:
     """Write the embedded world's shards where they are not there yet."""
+    from data_shards.glyphs.documents import write_world_shards  # fonts and digits, for those who ask for them
+
     glyphs = recipe.data.glyphs
     assert glyphs is not None
     folder = recipe.path(glyphs.folder)

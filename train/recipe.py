@@ -197,7 +197,7 @@ def from_command_line(
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="recipe file (YAML)")
     parser.add_class_arguments(recipe)
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+        parsed = parser.instantiate(parser.parse_args(arguments))
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         raise FlamingoError(" ".join(str(error).split())) from error
     return recipe(**{field.name: parsed[field.name] for field in fields(recipe)})  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ Mode = Literal["auto", "offline", "online", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
 X_AXES = ("step", "samples", "tokens")
-"""Metrics that others are plotted against: optimizer steps done, sequences seen, tokens seen. W&B takes samples first."""
+"""Metrics that others are plotted against: optimizer steps done, sequences seen, tokens seen. W&B plots by samples."""
 
 _FLUSH_SECONDS = 0.5
 """W&B's own default is 15 s: a killed run lost all its rows."""
@@ -77,9 +77,9 @@ class Tracker:
         with _tolerated(f"cannot write {path}; the run has no metrics file"):
             _drop_rows_after(path, start_step)
             self._file = path.open("a", encoding="utf-8", buffering=1)
-        mode = _resolve(mode)
-        if mode != "disabled":
-            self._start(out, mode, project=project, name=name, config=dict(config or {}), id=resume_id)
+        resolved = _resolve(mode)
+        if resolved != "disabled":
+            self._start(out, resolved, project=project, name=name, config=dict(config or {}), id=resume_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a row. Several rows may share a step: `read_curves` joins them, as W&B does.
@@ -116,7 +116,7 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.finish(failed=error is not None)
 
-    def _start(self, out: Path, mode: Mode, **arguments: Any) -> None:
+    def _start(self, out: Path, mode: Literal["offline", "online"], **arguments: Any) -> None:
         """Begin a W&B run; one that cannot go online is begun offline."""
         try:
             import wandb  # here, because it takes a second that only rank 0 need spend
@@ -128,7 +128,7 @@ class Tracker:
                 console="off",  # it would capture the progress display
                 silent=True,
             )
-            resume = "allow" if mode == "online" and arguments["id"] else None
+            resume: Literal["allow"] | None = "allow" if mode == "online" and arguments["id"] else None
             self._run = wandb.init(dir=out, mode=mode, resume=resume, settings=settings, **arguments)
             self.run_id = self._run.id
             for axis in X_AXES:
@@ -202,7 +202,7 @@ def _is_rank_0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _resolve(mode: Mode) -> Mode:
+def _resolve(mode: Mode) -> Literal["offline", "online", "disabled"]:
     """What `auto` means here."""
     if mode != "auto":
         return mode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def test_no_image_is_padded_in(processor: FlamingoProcessor) -> None:
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("size", [16, 40])
 def test_pixels_are_those_of_the_image_processor(processor: FlamingoProcessor, suffix: str, size: int) -> None:
-    """Catches a fast path that resizes or normalises differently from the backbone's own processor (within a grey level)."""
+    """Catches a fast path that resizes or normalises unlike the backbone's own processor (within a grey level)."""
     smooth = PilImage.fromarray(np.uint8(np.linspace(0, 255, size * size * 3).reshape(size, size, 3)))
     buffer = io.BytesIO()
     smooth.save(buffer, {"png": "PNG", "jpg": "JPEG"}[suffix], **({"quality": 95} if suffix == "jpg" else {}))

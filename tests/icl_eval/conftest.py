@@ -26,9 +26,7 @@ def tokenizer_of_syllables() -> PreTrainedTokenizerFast:
     pieces = ["<s>", "<pad>", "<unk>", *SYLLABLES, *"abcdefghijklmnopqrstuvwxyz :"]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[bdfgklmnprstvz][aeiou]|."), "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", unk_token="<unk>")
 
 
 def small_flamingo(family: str, media_attention: str = "previous", seed: int = 0):
@@ -77,7 +75,7 @@ def small_flamingo(family: str, media_attention: str = "previous", seed: int = 0
         for name, parameter in model.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(1.0)
-            elif name.startswith("language_model") or name.startswith("cross_attention"):
+            elif name.startswith(("language_model", "cross_attention")):
                 parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)  # so that predictions are far from uniform
     return model.eval(), processor
 

@@ -57,11 +57,11 @@ def test_other_ranks_are_silent() -> None:
 def test_stages_in_a_log_file() -> None:
     """A stage that begins or ends unseen; a kept or failed one that counts as run."""
     log = console(terminal=False)
-    with pytest.raises(KeyError), Stages(["shards", "pretraining", "report"], console=log) as stages:
+    with Stages(["shards", "pretraining", "report"], console=log) as stages:
         stages.keep("shards", "26,000 documents")
         with stages.run("pretraining"):
             stages.note("[800 steps]")
-        with stages.run("report"):
+        with pytest.raises(KeyError), stages.run("report"):
             raise KeyError
     kept, begins, ends, report, fails = written(log).splitlines()
     assert kept == "[shards] kept: 26,000 documents"
@@ -73,7 +73,7 @@ def test_stages_in_a_log_file() -> None:
 
 
 def test_a_bar_within_a_stage_on_a_terminal() -> None:
-    """rich before 14.1 raises where one live display is opened within another."""
+    """In rich before 14.1 one live display opened within another raises."""
     terminal = console(terminal=True)
     with Stages(["shards", "pretraining"], console=terminal) as stages, stages.run("pretraining"):
         with Progress(5, console=terminal) as progress:

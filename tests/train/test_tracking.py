@@ -238,8 +238,8 @@ def test_a_full_disk_does_not_stop_a_training(
     tmp_path: Path, modes: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """ENOSPC at a line of metrics ending the run; the checkpoint is where a full disk must be an error."""
-    with Tracker(tmp_path, **START) as tracker:
-        tracker._file = Path("/dev/full").open("a", buffering=1)
+    with Tracker(tmp_path, **START) as tracker, Path("/dev/full").open("a", buffering=1) as full:
+        tracker._file = full
         tracker.log(2, {"loss": 1.0})
         tracker.log(3, {"loss": 1.0})
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -1,0 +1,156 @@
+"""Line charts and interval charts as inline SVG, coloured by CSS variables so that they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 34  # margins, in SVG units (pixels at natural size)
+COLOURS = 8  # --c0 … --c7 of the style sheet
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: its name, points, the interval around them (or none), and its number in the palette."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One row of an interval chart: a value with its interval; `strong` for the row that others are compared with."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    strong: bool = False
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from `low` to `high`."""
+    span = max(high - low, 1e-12)
+    magnitude = 10 ** math.floor(math.log10(span / count))
+    step = min((factor * magnitude for factor in (1, 2, 5, 10)), key=lambda s: abs(span / s - count))
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """As short as it can be read: 0.25, 1200, 3e-04."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if abs(value) < 100 else f"{value:,.0f}"
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred running mean over `window` values, fewer at the ends."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    half = window // 2
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+    x_names: Sequence[str] = (),
+    references: Sequence[tuple[str, float]] = (),
+    size: tuple[int, int] = (560, 300),
+) -> str:
+    """Lines over a common x.
+
+    Args:
+        series: at least one, with at least one point.
+        title: read out by screen readers.
+        x_label: below the axis.
+        y_range: of the axis; default: that of the points.
+        x_names: names of x = 0, 1, …, where x counts categories.
+        references: dashed horizontal lines, as (name, y).
+        size: width and height in SVG units.
+    """
+    width, height = size
+    xs = [x for line in series for x in line.x]
+    ys = [y for line in series for y in (*line.y, *line.low, *line.high)]
+    low, high = y_range or (min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1)
+    first, last = (-0.15, len(x_names) - 0.85) if x_names else (min(xs), max(*xs, min(xs) + 1))
+    x, y = _scale(first, last, LEFT, width - RIGHT), _scale(low, high, height - BOTTOM, TOP)
+    parts = []
+    for at in ticks(low, high):
+        parts.append(_line("grid", LEFT, y(at), width - RIGHT, y(at)))
+        parts.append(_text("tick", LEFT - 7, y(at) + 4, number(at), "end"))
+    for at, name in enumerate(x_names) if x_names else [(at, number(at)) for at in ticks(min(xs), max(xs))]:
+        parts.append(_text("tick", x(at), height - BOTTOM + 16, name, "middle"))
+    parts.append(_text("axis", (LEFT + width - RIGHT) / 2, height - 3, x_label, "middle"))
+    for name, at in references:
+        parts.append(_line("reference", LEFT, y(at), width - RIGHT, y(at)))
+        parts.append(_text("tick", width - RIGHT, y(at) - 5, name, "end"))
+    for line in (line for line in series if line.low):
+        edge = [*zip(line.x, line.high, strict=True), *reversed(list(zip(line.x, line.low, strict=True)))]
+        parts.append(f'<polygon class="band f{line.colour}" points="{_points(edge, x, y)}"/>')
+    for line in series:
+        points = list(zip(line.x, line.y, strict=True))
+        named = f"<title>{escape(line.name)}</title>"
+        parts.append(f'<polyline class="line s{line.colour}" points="{_points(points, x, y)}">{named}</polyline>')
+        if line.dots:
+            parts += [_dot(f"f{line.colour}", x(a), y(b), f"{line.name}: {b:.3f}") for a, b in points]
+    return _svg(title, width, height, parts)
+
+
+def interval_chart(
+    rows: Sequence[Interval], *, title: str, chance: float, margin: float, colour: int, size: tuple[int, int] = (420, 0)
+) -> str:
+    """Values with their intervals on one axis from 0 to 1, against chance and the margin around it."""
+    width, height = size[0], size[1] or TOP + BOTTOM + 24 * len(rows)
+    left, bottom = 130, height - BOTTOM
+    x = _scale(0, 1, left, width - RIGHT)
+    near, far = x(max(0, chance - margin)), x(chance + margin)
+    parts = [f'<rect class="margin" x="{near:.1f}" width="{far - near:.1f}" y="{TOP}" height="{bottom - TOP}"/>']
+    for at in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(_line("grid", x(at), TOP, x(at), bottom))
+        parts.append(_text("tick", x(at), bottom + 16, number(at), "middle"))
+    parts.append(_line("reference", x(chance), TOP, x(chance), bottom))
+    for place, row in enumerate(rows):
+        y, paint = TOP + 24 * place + 12, colour if row.strong else "n"
+        parts.append(_text("strong" if row.strong else "tick", left - 10, y + 4, row.name, "end"))
+        parts.append(_line(f"whisker s{paint}", x(row.low), y, x(row.high), y))
+        parts.append(_dot(f"f{paint}", x(row.value), y, f"{row.name}: {row.value:.3f}"))
+    return _svg(title, width, height, parts)
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _points(points: Sequence[tuple[float, float]], x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    return " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _dot(kind: str, x: float, y: float, about: str) -> str:
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{escape(about)}</title></circle>'
+
+
+def _svg(title: str, width: int, height: int, parts: Sequence[str]) -> str:
+    label = escape(title, quote=True)
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -1,0 +1,106 @@
+"""Sequences and the batches of a rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data_shards.loader import MicroBatches, Source, rank_batches
+from data_shards.sequences import Sequences
+from data_shards.shards import open_shards, write_shards
+from flamingo import Document, FlamingoError, FlamingoProcessor, Text
+from tests.tiny import document, tiny_flamingo
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> FlamingoProcessor:
+    """Of a tiny Flamingo over llama."""
+    return tiny_flamingo(tmp_path_factory.mktemp("tiny"))[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, processor: FlamingoProcessor) -> MicroBatches:
+    """Two sources of uneven shards, the second from sample 8 on."""
+    folder = tmp_path_factory.mktemp("shards")
+    sources = []
+    for number, name in enumerate(("one", "two")):
+        write_shards((document(n, n % 3, key=f"{name}{n}") for n in range(11)), folder / name, max_samples=4)
+        sources.append(Source(name, open_shards(folder / name), share=1 + number, start=8 * number))
+    return MicroBatches(sources, Sequences(processor, max_tokens=40, max_media=2), micro_batch=2, seed=0)
+
+
+def keys(data: MicroBatches, world: int, workers: int, start: int = 0, steps: int = 6) -> list[list[str]]:
+    """The keys of every step, put together from all ranks' micro-batches."""
+    ranks = [
+        [
+            b["keys"]
+            for b in rank_batches(data, batch=8, start_step=start, steps=steps, rank=rank, world=world, workers=workers)
+        ]
+        for rank in range(world)
+    ]
+    each = 4 // world
+    return [
+        [key for number in range(each) for rank in ranks for key in rank[step * each + number]] for step in range(steps)
+    ]
+
+
+def test_the_global_order_is_the_same_for_any_ranks_and_workers(data: MicroBatches) -> None:
+    """Catches samples that depend on who computes them."""
+    expected = keys(data, 1, 0)
+    for world, workers in ((1, 2), (2, 0), (4, 1)):
+        assert keys(data, world, workers) == expected
+    assert len({key for step in expected for key in step}) > 11
+
+
+def test_resuming_continues_identically(data: MicroBatches) -> None:
+    """Catches a loader with state that a restart loses."""
+    assert keys(data, 1, 0, start=4, steps=2) == keys(data, 1, 0)[4:]
+
+
+def test_batches_carry_their_tensors_and_sources(data: MicroBatches) -> None:
+    """Catches media that do not belong to the batch's marks, and wrong source numbers."""
+    for number in range(6):
+        batch = data[number]
+        assert (batch["input_ids"] == data.sequences.processor.image_token_id).sum(dim=1).tolist() == batch[
+            "media_per_sample"
+        ].tolist()
+        assert len(batch["pixel_values"]) == batch["media_per_sample"].sum()
+        assert [("one", "two")[source] for source in batch["sources"]] == [
+            key.rstrip("0123456789") for key in batch["keys"]
+        ]
+        again = data[number]
+        assert all(torch.equal(batch[name], again[name]) for name in ("input_ids", "labels", "pixel_values"))
+
+
+def test_uneven_batches_are_refused(data: MicroBatches) -> None:
+    """Catches ranks of uneven work, which hang."""
+    with pytest.raises(FlamingoError, match=r"batch=6: expected a multiple .* 2 · 2"):
+        rank_batches(data, batch=6, start_step=0, steps=1, world=2)
+
+
+def test_windows_keep_media_with_their_text(processor: FlamingoProcessor) -> None:
+    """Catches windows that cut a medium from its text, drop the lead always, or never reach the end."""
+    sequences = Sequences(processor, max_tokens=500, max_media=2)
+    whole = document(7, 5, lead=True)
+    texts = set()
+    for seed in range(40):
+        encoding = sequences(whole, np.random.default_rng(seed))
+        assert len(encoding.media) == 2
+        assert (
+            all(segment in whole.media for segment in encoding.media) and encoding.text in processor.encode(whole).text
+        )
+        texts.add(encoding.text)
+    assert len(texts) == 4
+    ends = [sequences(whole, np.random.default_rng(seed)).input_ids[-1] for seed in range(40)]
+    assert 0 < ends.count(processor.tokenizer.eos_token_id) < 40
+
+
+def test_long_text_is_cut_with_its_media_and_unsupervised_is_an_error(processor: FlamingoProcessor) -> None:
+    """Catches marks without media after cutting, and sequences that train nothing."""
+    sequences = Sequences(processor, max_tokens=12, max_media=9)
+    encoding = sequences(document(7, 5), np.random.default_rng(0))
+    assert len(encoding.input_ids) == len(encoding.labels) == 12
+    assert encoding.input_ids.count(processor.image_token_id) == len(encoding.media) < 5
+    with pytest.raises(FlamingoError, match="document silent: no token"):
+        sequences(Document((Text("x" * 30, supervised=False),), "silent"), np.random.default_rng(0))
