@@ -24,7 +24,7 @@ from icl_eval.sources import load_pool
 
 MARGIN = 0.05  # how far from chance a control may fall
 EXAMPLES = 12
-MOST_PICTURES = 8  # demonstrations of an example prompt
+MOST_PICTURES = 6  # demonstrations of an example prompt
 SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
 CONTROL_NAMES = {
     "gates_at_zero": ("gates at zero", "no picture reaches the language model"),
@@ -38,9 +38,7 @@ CONTROL_NAMES = {
 class Example:
     """A prompt as it is shown: demonstrations as (picture, label), the query, and the candidates with their shares."""
 
-    task: str
-    shots: int
-    query_id: str
+    about: str
     right: bool
     demonstrations: tuple[tuple[str, str], ...]
     query: str
@@ -287,14 +285,14 @@ def _in_turn(by_task: Mapping[str, list[Outcome]]) -> Iterator[tuple[str, Outcom
 
 
 def _example(results: Results, task: str, outcome: Outcome, pictures: list[str]) -> Example:
+    shots = len(outcome.demonstrations) // results.tasks[task].ways
     scores = np.array(outcome.scores)
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
-    order = sorted(range(len(shares)), key=lambda place: -shares[place])[:5]
+    best = sorted(range(len(shares)), key=lambda place: -shares[place])
+    order = sorted({*best[:5], outcome.target}, key=best.index)
     return Example(
-        task=task,
-        shots=len(outcome.demonstrations) // results.tasks[task].ways,
-        query_id=outcome.query_id,
+        about=f"{outcome.query_id}, {f'{shots} per class' if shots else 'no demonstrations'}",
         right=outcome.prediction == outcome.target,
         demonstrations=tuple(zip(pictures[:-1], outcome.labels, strict=True)),
         query=pictures[-1],

@@ -37,6 +37,8 @@ class TrainingState:
     optimizer: AdamW
     schedule: LambdaLR
     step: int = 0
+    run_id: str | None = None
+    """the tracker's, so that a resumed run goes on in the same curves"""
 
     def tensors(self) -> dict[str, Any]:
         """Trained parameters and optimizer, as torch.distributed.checkpoint saves them."""
@@ -93,7 +95,7 @@ class Checkpoints:
         with self._quiet():
             dcp.save(state.tensors(), checkpoint_id=unfinished, no_dist=self.processes.world == 1)
         if self.processes.is_main:
-            record = {"step": state.step, "identity": self.identity}
+            record = {"step": state.step, "run_id": state.run_id, "identity": self.identity}
             (unfinished / "run.json").write_text(json.dumps(record, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
@@ -128,5 +130,5 @@ class Checkpoints:
         with self._quiet():
             dcp.load(tensors, checkpoint_id=path, no_dist=self.processes.world == 1)
         state.load(tensors)
-        state.step = step
+        state.step, state.run_id = step, record.get("run_id")
         return True

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
-from data_shards.shards import is_indexed, open_shards
+from data_shards.shards import open_shards
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
-from flamingo.errors import command_line
+from flamingo.errors import FlamingoError, command_line
 from train import loop
 from train.checkpoint import Checkpoints, TrainingState
 from train.optim import build_optimizer, build_schedule
@@ -65,9 +66,10 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
         )
         with (
             Tracker(out, project=recipe.tracking.project, name=out.name, mode=recipe.tracking.mode,
-                    config=recipe.as_dict(), start_step=state.step) as tracker,
+                    config=recipe.as_dict(), resume_id=state.run_id, start_step=state.step) as tracker,
             Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
         ):  # fmt: skip
+            state.run_id = tracker.run_id
             loop.run(recipe, state, processes.replicate(model), batches, checkpoints, tracker, progress, processes)
     if processes.is_main:
         save_model(model, processor, out / "model")
@@ -84,18 +86,27 @@ def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, Flami
     return model, processor
 
 
-def make_glyphs(recipe: Recipe, processes: Processes) -> None:
-    """Write the embedded world's shards where they are not there yet."""
+def make_glyphs(recipe: Recipe, processes: Processes) -> dict[str, Any]:
+    """Write the embedded world's shards where they are not there yet, and return the account of what is in them.
+
+    Raises:
+        FlamingoError: where the folder holds shards of another seed or size.
+    """
     from data_shards.glyphs.documents import write_world_shards  # fonts and digits, for those who ask for them
 
     glyphs = recipe.data.glyphs
     assert glyphs is not None
     folder = recipe.path(glyphs.folder)
-    if processes.is_main and not (is_indexed(folder / "naming") and is_indexed(folder / "episodes")):
-        write_world_shards(
-            folder, naming=glyphs.naming, episodes=glyphs.episodes, seed=recipe.seed, processes=glyphs.processes
-        )
+    record = folder / "account.json"
+    wanted = {"seed": recipe.seed, "naming": glyphs.naming, "episodes": glyphs.episodes}
+    if processes.is_main and not record.exists():
+        account = write_world_shards(folder, **wanted, processes=glyphs.processes)
+        write_text(record, json.dumps({"wanted": wanted, "account": account}, indent=1) + "\n")
     processes.wait()
+    found = json.loads(record.read_text())
+    if found["wanted"] != wanted:
+        raise FlamingoError(f"{folder}: holds the embedded world of {found['wanted']}, expected {wanted}")
+    return found["account"]
 
 
 def identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
@@ -121,9 +132,17 @@ def save_model(model: FlamingoForConditionalGeneration, processor: FlamingoProce
     os.replace(unfinished, folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 @command_line
 def main() -> None:
     """Entry point of `flamingo-pretrain`."""
+    logging.disable_progress_bar()
     recipe = from_command_line(Recipe, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
     with processes() as group:
         folder = pretrain(recipe, group)

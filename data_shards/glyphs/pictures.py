@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import math
+import multiprocessing
 import struct
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -419,6 +422,12 @@ def encode_png(levels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def read_png(data: bytes) -> np.ndarray:
+    """Grey levels 0..15, uint8 (height, width), of a PNG of this world."""
+    with PillowImage.open(io.BytesIO(data)) as picture:
+        return np.asarray(picture.convert("L")) // 17
+
+
 # ----------------------------------------------------------------------------------------------------------- world
 
 
@@ -464,10 +473,30 @@ class GlyphWorld:
         """One picture as the bytes of a 32×32 grey PNG: a pure function of its arguments."""
         return encode_png(self.pictures([PictureKey(class_id, variant, seed, style, position)])[0])
 
+    def draw_many(self, keys: Sequence[PictureKey], processes: int = 1) -> np.ndarray:
+        """`pictures` of many keys, best sorted by class, in several processes."""
+        share = -(-len(keys) // max(1, processes))
+        parts = [keys[start : start + share] for start in range(0, len(keys), share)]
+        return np.concatenate(in_processes(_draw_part, parts, processes))
+
     def pngs(self, keys: Sequence[PictureKey]) -> list[bytes]:
         """`png` of many keys, faster."""
         batches = (keys[start : start + 256] for start in range(0, len(keys), 256))
         return [encode_png(levels) for batch in batches for levels in self.pictures(batch)]
+
+
+def _draw_part(keys: Sequence[PictureKey]) -> np.ndarray:
+    world = load_world()
+    return np.concatenate([world.pictures(keys[start : start + 256]) for start in range(0, len(keys), 256)])
+
+
+def in_processes(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> list[Any]:
+    """[work(item) for item in items], in up to `processes` new processes."""
+    if processes <= 1 or len(items) <= 1:
+        return [work(item) for item in items]
+    # "spawn": a fork of a process in which torch has started threads may hang.
+    with ProcessPoolExecutor(min(processes, len(items)), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(work, items))
 
 
 @functools.lru_cache(maxsize=1)

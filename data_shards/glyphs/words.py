@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_shards.glyphs.pictures import POSITIONS, STYLES, WORLD_SEED, load_world
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
@@ -294,11 +295,11 @@ class TextWorld:
         self.shape_of = {thing: facts.choice(SHAPES) for thing in THINGS}
         special = set(tokenizer.all_special_ids)
         self._plain = [i for i in range(len(tokenizer)) if i not in special]
-        self._end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
+        facts.shuffle(self._plain)
 
     # Documents as text
 
-    def _looks(self) -> list[str]:
+    def looks(self) -> list[str]:
         """Words that stand for what a picture would show: one to three attributes, sometimes a thing."""
         words = self.rng.sample(ADJECTIVES, self.rng.choice((1, 1, 2, 2, 3)))
         return words + [self.rng.choice(THINGS)] if self.rng.random() < 0.4 else words
@@ -316,7 +317,7 @@ class TextWorld:
         """Looks, a template, a name, end of chunk; the same looks keep their name within the document."""
         rng = self.rng
         ways = rng.randint(1, min(6, max(1, chunks // 2)))
-        classes = [(self._looks(), name) for name in fresh_names(rng, ways)]
+        classes = [(self.looks(), name) for name in fresh_names(rng, ways)]
         template = "{name}" if rng.random() < 0.5 else rng.choice(NAMING_TEMPLATES)
         text = []
         for _ in range(chunks):
@@ -360,7 +361,7 @@ class TextWorld:
     def instructions(self, turns: int) -> str:
         """A document of instruction turns of one or of mixed kinds, answered in one style throughout."""
         rng = self.rng
-        classes = [(self._looks(), name) for name in fresh_names(rng, rng.randint(2, 4))]
+        classes = [(self.looks(), name) for name in fresh_names(rng, rng.randint(2, 4))]
         spaced, answer_style = rng.random() < 0.5, rng.choice((0, 0, 0, 1, 2, 3))
         kinds = rng.sample(list(QUESTIONS), rng.choice((1, 1, 2, 3)))
         text = []
@@ -406,13 +407,15 @@ class TextWorld:
 
     # Sequences of token ids
 
-    def repeats(self, length: int) -> list[int]:
-        """A random segment again and again: what teaches a model to look back and copy."""
+    def repeats(self, length: int, vocabulary: int | None = None) -> tuple[list[int], int]:
+        """A random segment again and again, and the segment's length: what teaches a model to look back and copy.
+
+        vocabulary: make it of the first so many tokens of a fixed random order; default: of all.
+        """
         rng = self.rng
-        segment = rng.choices(self._plain, k=rng.randint(4, max(5, min(length // 2, 48))))
-        if rng.random() < 0.3:
-            segment[-1] = self._end
-        return (segment * (length // len(segment) + 1))[:length]
+        longest = 16 if length <= 64 else 48
+        segment = rng.choices(self._plain[:vocabulary], k=rng.randint(3, longest))
+        return (segment * (length // len(segment) + 1))[:length], len(segment)
 
     def _document(self, kind: str, length: int) -> str:
         if kind == "few_shot":
@@ -421,21 +424,29 @@ class TextWorld:
             return self.instructions(self.rng.randint(3, 8))
         return "".join(self.fact() for _ in range(4))
 
-    def sequence(self, shares: dict[str, float], length: int) -> list[int]:
-        """`length` ids: <s> and a document of one kind, filled up by further ones.
+    def sequence(
+        self, shares: dict[str, float], length: int, vocabulary: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """`length` ids, and their labels: <s> and a document of one kind, filled up by further ones.
 
-        shares: probability of "repeats", "few_shot", "facts" and "instructions".
+        shares: probability of "repeats", "few_shot", "facts" and "instructions". The first occurrence of a repeated
+        segment has label −100: it is noise, and nothing can be learnt from it.
         """
         kind = self.rng.choices(list(shares), weights=list(shares.values()))[0]
         ids = [self.tokenizer.bos_token_id]
         if kind == "repeats":
-            return ids + self.repeats(length - 1)
+            repeated, first = self.repeats(length - 1, vocabulary)
+            return ids + repeated, [-100] * (first + 1) + repeated[first:]
         while len(ids) < length:
             ids += self.tokenizer(self._document(kind, length), add_special_tokens=False).input_ids
             ids += [self.tokenizer.eos_token_id, self.tokenizer.bos_token_id]
-        return ids[:length]
+        return ids[:length], ids[:length]
 
-    def batches(self, shares: dict[str, float], count: int, length: int) -> Iterator[list[int]]:
-        """`count` sequences."""
-        for _ in range(count):
-            yield self.sequence(shares, length)
+    def batch(
+        self, shares: dict[str, float], count: int, length: int, vocabulary: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and labels (count, length) of `sequence`s, as int64 tensors."""
+        import torch
+
+        rows = [self.sequence(shares, length, vocabulary) for _ in range(count)]
+        return torch.tensor([ids for ids, _ in rows]), torch.tensor([labels for _, labels in rows])

@@ -1,0 +1,161 @@
+"""Interleaved documents of the embedded world: pictures of glyphs, and text that names them.
+
+Two kinds. `naming` documents speak of the known classes by the names they keep for good, as web pages do. `episodes` are
+bursty: a few classes come again and again under names drawn anew for that document, so that only the context can tell
+what the last picture is called. Both use `train` classes and names of the "train" split alone.
+
+Pictures come from a pool of variants, drawn and encoded once: a class has `VARIANTS` pictures, whatever the number of
+documents. Every document is a pure function of (seed, its number).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_shards.glyphs.pictures import PictureKey, in_processes, load_world
+from data_shards.glyphs.words import NAMING_TEMPLATES, fixed_names, fresh_names
+from flamingo.document import Document, Image, Segment, Text
+from flamingo.errors import FlamingoError
+
+VARIANTS = 48  # pictures of a class in the pool
+PLAIN_NAME_SHARE = 0.7  # share of episodes that use the evaluation's own template: the name and nothing else
+WAYS = (1, 2, 3, 4, 5)
+PICTURES = (4, 9)  # pictures of an episode, at least and at most
+
+OPENINGS = ("here are some pictures.", "some signs and their names.", "look at these.", "a list of glyphs.")
+
+
+class PicturePool:
+    """PNG bytes of every (class, variant), drawn when first asked for or all at once by `fill`."""
+
+    def __init__(self, seed: int, variants: int = VARIANTS) -> None:
+        self.seed, self.variants = seed, variants
+        self._pictures: dict[tuple[int, int], bytes] = {}
+
+    def __getitem__(self, key: tuple[int, int]) -> bytes:
+        if key not in self._pictures:
+            self._pictures[key] = load_world().png(*key, self.seed)
+        return self._pictures[key]
+
+    def fill(self, class_ids: Sequence[int], processes: int = 1) -> None:
+        """Draw all variants of the classes, in parallel. About 250 µs a picture and core."""
+        parts = [class_ids[start::processes] for start in range(processes)]
+        work = functools.partial(_draw_classes, variants=self.variants, seed=self.seed)
+        for part in in_processes(work, parts, processes):
+            self._pictures.update(part)
+
+
+def _draw_classes(class_ids: Sequence[int], variants: int, seed: int) -> dict[tuple[int, int], bytes]:
+    keys = [PictureKey(class_id, variant, seed) for class_id in class_ids for variant in range(variants)]
+    return {(key.class_id, key.variant): png for key, png in zip(keys, load_world().pngs(keys), strict=True)}
+
+
+def _picture(pool: PicturePool, class_id: int, rng: random.Random) -> tuple[Image, int]:
+    variant = rng.randrange(pool.variants)
+    return Image(pool[class_id, variant], f"glyph-{class_id}-{variant}.png"), variant
+
+
+def _document(
+    source: str, number: int, chunks: Sequence[tuple[int, str]], pool: PicturePool, rng: random.Random, names: dict[int, str]
+) -> Document:
+    """A document of (class id, text after its picture) chunks; a class id below 0 is text without a picture."""
+    segments: list[Segment] = []
+    classes: list[int] = []
+    variants: list[int] = []
+    for class_id, text in chunks:
+        if class_id >= 0:
+            image, variant = _picture(pool, class_id, rng)
+            segments.append(image)
+            classes.append(class_id)
+            variants.append(variant)
+        segments.append(Text(text))
+    metadata = {"classes": classes, "variants": variants, "names": [names[class_id] for class_id in classes]}
+    return Document(tuple(segments), f"{source}-{number:07d}", source, metadata)
+
+
+def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
+    """Documents number `start` to `start + count − 1` of one to six pictures of known classes, each with a sentence
+    that names it by its fixed name. Their source is "naming"; metadata: classes, variants, names (one a picture)."""
+    pool = pool or PicturePool(seed)
+    names = fixed_names()
+    known = sorted(names)
+    for number in range(start, start + count):
+        rng = random.Random(f"naming/{seed}/{number}")
+        chunks: list[tuple[int, str]] = []
+        if rng.random() < 0.15:
+            chunks.append((-1, rng.choice(OPENINGS)))
+        plain = rng.random() < 0.5
+        for class_id in rng.choices(known, k=rng.randint(1, 6)):
+            template = NAMING_TEMPLATES[0] if plain else rng.choice(NAMING_TEMPLATES)
+            chunks.append((class_id, template.format(name=names[class_id])))
+        yield _document("naming", number, chunks, pool, rng, names)
+
+
+def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
+    """Documents number `start` to `start + count − 1` of four to nine pictures of one to five train classes.
+
+    The names are drawn anew for each document, one template is kept throughout it, and the last picture's class has
+    occurred before. Their source is "episodes"; metadata: classes, variants, names (one a picture).
+    """
+    pool = pool or PicturePool(seed)
+    train = load_world().split("train")
+    for number in range(start, start + count):
+        rng = random.Random(f"episodes/{seed}/{number}")
+        length = rng.randint(*PICTURES)
+        ways = rng.choice([way for way in WAYS if way < length])
+        ids = rng.sample(train, ways)
+        names = dict(zip(ids, fresh_names(rng, ways), strict=True))
+        shown = ids + rng.choices(ids, k=length - ways - 1)
+        rng.shuffle(shown)
+        shown.append(rng.choice(shown))
+        template = NAMING_TEMPLATES[0] if rng.random() < PLAIN_NAME_SHARE else rng.choice(NAMING_TEMPLATES)
+        chunks = [(class_id, template.format(name=names[class_id])) for class_id in shown]
+        yield _document("episodes", number, chunks, pool, rng, names)
+
+
+def write_world_shards(
+    folder: str | Path, *, naming: int, episodes: int, seed: int = 0, processes: int = 1
+) -> dict[str, Any]:
+    """Write `folder`/naming and `folder`/episodes as tar shards.
+
+    naming, episodes: numbers of documents. The shards do not depend on `processes`. Returns, for each of the two, the
+    account of `write_shards`; for the episodes also how often a (class, name) pair came in more than one document.
+
+    Raises:
+        FlamingoError: where a number is not positive.
+    """
+    for label, number in (("naming", naming), ("episodes", episodes), ("processes", processes)):
+        if number < 1:
+            raise FlamingoError(f"{label}={number}: expected a positive number")
+    pool = PicturePool(seed)
+    pool.fill(load_world().split("train"), processes)
+    work = functools.partial(_write_source, folder=Path(folder), seed=seed, pool=pool)
+    # The longer one first, so that the processes end at about the same time.
+    written = in_processes(work, [("episodes", episodes), ("naming", naming)], processes)
+    return {source: account for source, account in sorted(written, key=lambda item: item[0], reverse=True)}
+
+
+def _write_source(item: tuple[str, int], folder: Path, seed: int, pool: PicturePool) -> tuple[str, dict[str, Any]]:
+    from data_shards.shards import write_shards
+
+    source, count = item
+    documents = (naming_documents if source == "naming" else episode_documents)(count, seed, pool=pool)
+    pairs: Counter[tuple[int, str]] = Counter()
+
+    def counted() -> Iterator[Document]:
+        for document in documents:
+            pairs.update(set(zip(document.metadata["classes"], document.metadata["names"], strict=True)))
+            yield document
+
+    account = asdict(write_shards(counted(), folder / source))
+    if source == "episodes":
+        account["pairs"] = len(pairs)
+        account["pairs_in_several_documents"] = sum(times > 1 for times in pairs.values())
+        account["most_documents_of_a_pair"] = max(pairs.values())
+    return source, account
