@@ -92,18 +92,17 @@ def decode(image: Image, channels: int) -> Tensor:
 
 
 def resize(pixels: Tensor, settings: PixelSettings) -> Tensor:
-    """(C, H, W) uint8 of any size → (C, settings.height, settings.width) uint8."""
+    """(N, C, H, W) uint8 of any size → (N, C, settings.height, settings.width) uint8."""
     height, width = settings.height, settings.width
     if settings.shortest_edge is not None:
-        scale = settings.shortest_edge / min(pixels.shape[1:])
-        height, width = (max(1, round(edge * scale)) for edge in pixels.shape[1:])
-    if pixels.shape[1:] != (height, width):
-        antialias = settings.mode != "nearest"
-        pixels = interpolate(pixels[None], (height, width), mode=settings.mode, antialias=antialias)[0]
+        scale = settings.shortest_edge / min(pixels.shape[2:])
+        height, width = (max(1, round(edge * scale)) for edge in pixels.shape[2:])
+    if pixels.shape[2:] != (height, width):
+        pixels = interpolate(pixels, (height, width), mode=settings.mode, antialias=settings.mode != "nearest")
     top, left = (height - settings.height) // 2, (width - settings.width) // 2
     if top < 0 or left < 0:
         raise FlamingoError(f"image processor: crop of {settings.height}×{settings.width} is larger than its images")
-    return pixels[:, top : top + settings.height, left : left + settings.width]
+    return pixels[..., top : top + settings.height, left : left + settings.width]
 
 
 def media_pixels(media: list[Medium] | tuple[Medium, ...], settings: PixelSettings) -> Tensor:
@@ -120,7 +119,11 @@ def media_pixels(media: list[Medium] | tuple[Medium, ...], settings: PixelSettin
     shape = (settings.channels, settings.height, settings.width)
     if not frames:
         return torch.empty(0, 1, *shape)
-    pixels = torch.stack([resize(decode(frame, settings.channels), settings) for each in frames for frame in each])
+    decoded = [decode(frame, settings.channels) for each in frames for frame in each]
+    pixels = torch.empty(len(decoded), *shape, dtype=torch.uint8)
+    for size in {image.shape for image in decoded}:  # images of one size are resized together
+        alike = [i for i, image in enumerate(decoded) if image.shape == size]
+        pixels[alike] = resize(torch.stack([decoded[i] for i in alike]), settings)
     mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
     # (x · rescale − mean) / std, as one multiplication and one addition
     pixels = pixels.float().mul_(settings.rescale / std).sub_(mean / std)

@@ -68,7 +68,7 @@ def write_report(
             how many documents and pictures, and how often a (class, name) pair recurs.
         timings: seconds by stage.
         title: heading of the page.
-        facts: further label → text for the provenance table.
+        facts: further label → text for the provenance table; mappings, such as a recipe, are folded away below it.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -79,6 +79,7 @@ def write_report(
     )
     shots = sorted({cell.shots for cell in results.cells if cell.control is None})
     rows = [row for row in training_log if row.get("step") is not None]
+    rows_of_facts, folded = _facts(results, facts or {})
     page = environment.get_template("report.html").render(
         title=title,
         headline=_headline(results),
@@ -98,7 +99,8 @@ def write_report(
         account=_flat(account or {}),
         timings=[(stage, _duration(seconds)) for stage, seconds in (timings or {}).items()],
         total=_duration(sum((timings or results.seconds).values())),
-        facts=_facts(results, facts or {}),
+        facts=rows_of_facts,
+        folded=folded,
     )
     path = Path(path)
     path.write_text(page, encoding="utf-8")
@@ -236,7 +238,7 @@ def _curves(rows: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any]]:
             points = [(float(row["step"] or 0), float(row[name] or 0)) for row in rows if row.get(name) is not None]
             if not points:
                 continue
-            x, y = zip(*_thinned(points), strict=True)
+            x, y = map(list, zip(*_thinned(points), strict=True))
             y = smooth(y, max(1, len(y) // 100)) if prefix == "loss" else y
             lines.append(Series(name.removeprefix(prefix).lstrip("/") or "total", x, y, place % COLOURS))
         if lines:
@@ -258,7 +260,8 @@ def _thinned(points: list[tuple[float, float]], most: int = 600) -> list[tuple[f
 
 def examples(results: Results, count: int = EXAMPLES) -> list[Example]:
     """Prompts to look at: half of them wrong where there are as many, taken from all tasks in turn."""
-    wrong, right = defaultdict(list), defaultdict(list)
+    wrong: dict[str, list[Outcome]] = defaultdict(list)
+    right: dict[str, list[Outcome]] = defaultdict(list)
     for name in results.tasks:
         for outcome in _example_cell(results, name).outcomes:
             (right if outcome.prediction == outcome.target else wrong)[name].append(outcome)
@@ -311,32 +314,30 @@ def _data_uri(data: bytes) -> str:
 
 
 def _flat(mapping: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as rows of (label, text)."""
     rows = []
     for key, value in mapping.items():
         label = f"{before}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{label} · ")
-        else:
-            rows.append(
-                (
-                    label,
-                    f"{value:,}"
-                    if isinstance(value, int)
-                    else f"{value:,.4g}"
-                    if isinstance(value, float)
-                    else str(value),
-                )
-            )
+        rows += _flat(value, f"{label} · ") if isinstance(value, Mapping) else [(label, _text(value))]
     return rows
 
 
-def _facts(results: Results, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    own = dict(results.facts)
-    versions = own.pop("versions", {})
-    rows = [("evaluation seeds", ", ".join(f"{name} {seed}" for name, seed in results.seed.items()))]
-    rows += [("commit", str(own.pop("commit", None) or "not a git checkout"))]
-    rows += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
-    return _flat(facts) + rows + _flat(own)
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def _facts(results: Results, facts: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, Any]]]:
+    """Rows of the provenance table, and what is folded away below it: every fact that is a mapping of its own."""
+    known = {
+        "evaluation seeds": ", ".join(f"{name} {seed}" for name, seed in results.seed.items()),
+        **{name: value for name, value in results.facts.items() if name != "commit"},
+        "commit": results.facts.get("commit") or "not a git checkout",
+        **facts,
+    }
+    rows = [(name.replace("_", " "), _text(value)) for name, value in known.items() if not isinstance(value, Mapping)]
+    return rows, [(name, _flat(value)) for name, value in known.items() if isinstance(value, Mapping)]
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import distributed
@@ -61,7 +62,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
     Raises:
         FlamingoError: an argument that is unknown, missing or malformed.
     """
-    parser = ArgumentParser(prog="flamingo-eval", description=Options.__doc__.splitlines()[0], exit_on_error=False)
+    parser = ArgumentParser(
+        prog="flamingo-eval", description="Score a Flamingo on few-shot tasks.", exit_on_error=False, allow_abbrev=False
+    )
     parser.add_class_arguments(Options, skip={"controls"})
     flag = "also run the controls, under which scores must fall to chance"
     parser.add_argument("--controls", action=ActionYesNo, default=False, help=flag)
@@ -130,30 +133,47 @@ def identity(folder: str) -> dict[str, Any]:
     }
 
 
-def table(results: Results) -> Table:
-    """Accuracy against shots, and the controls, with 95 % intervals."""
-    shots = sorted({cell.shots for cell in results.cells if cell.control is None})
-    controls = [name for name in CONTROLS if any(cell.control == name for cell in results.cells)]
-    shown = Table(title="accuracy (95 % interval) by shots per way", title_justify="left")
-    shown.add_column("task")
-    for count in shots:
-        shown.add_column(str(count), justify="right")
-    for control in controls:
-        shown.add_column(f"{control.replace('_', ' ')}, {CONTROL_SHOTS}", justify="right", style="dim")
-    shown.add_column("chance", justify="right")
+def table(results: Results) -> Group:
+    """Accuracy against shots, and under the controls where they were run, each with its 95 % interval."""
     cells = {(cell.task, cell.shots, cell.control): cell for cell in results.cells}
+    shots = sorted({cell.shots for cell in results.cells if cell.control is None})
+    parts: list[Table | str] = [
+        _table(results, "accuracy by shots per way", [(str(n), (n, None)) for n in shots], cells)
+    ]
+    controls = [name for name in CONTROLS if any(cell.control == name for cell in results.cells)]
+    if controls:
+        columns = [(name.replace("_", " "), (CONTROL_SHOTS, name)) for name in controls]
+        parts.append(_table(results, f"controls at {CONTROL_SHOTS} shots: expected at chance", columns, cells))
+    if any(cell.ties for cell in results.cells):
+        parts.append("* tied queries went to the first label; results.json counts them")
+    return Group(*parts)
+
+
+def _table(
+    results: Results,
+    title: str,
+    columns: Sequence[tuple[str, tuple[int, str | None]]],
+    cells: dict[tuple[str, int, str | None], Cell],
+) -> Table:
+    shown = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False, collapse_padding=True
+    )
+    shown.add_column("task", no_wrap=True)
+    for heading, _ in columns:
+        shown.add_column(heading, justify="right")
+    shown.add_column("chance", justify="right", style="dim")
     for name, task in results.tasks.items():
-        row = [_shown(cells.get((name, count, None))) for count in shots]
-        row += [_shown(cells.get((name, CONTROL_SHOTS, control))) for control in controls]
-        shown.add_row(name, *row, f"{task.chance:.3f}")
+        row = [cells.get((name, *key)) for _, key in columns]
+        if any(row):
+            shown.add_row(name, *map(_shown, row), f"{task.chance:.3f}")
     return shown
 
 
 def _shown(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    low, high = cell.interval
-    return f"{cell.score:.3f} ({low:.3f}–{high:.3f})" + ("*" if cell.ties else "")
+    low, high = (f"{end:.3f}".removeprefix("0") for end in cell.interval)
+    return f"{cell.score:.3f}{'*' if cell.ties else ''}\n[dim]{low}–{high}[/dim]"
 
 
 @contextmanager
@@ -215,8 +235,6 @@ def main() -> None:
         path = results.save(options.out)
         console = Console()
         console.print(table(results))
-        if any(cell.ties for cell in results.cells):
-            console.print("* tied queries went to the first label; results.json counts them")
         console.print(str(path), soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -41,12 +42,17 @@ class Processes:
         """The model under DDP; the model itself where there is one process.
 
         Every trained parameter takes part in every step (media may be absent, modules are not), so that DDP need not
-        look for unused ones. Buffers are those of frozen backbones: equal everywhere.
+        look for unused ones. Buffers are those of frozen backbones, equal everywhere, and are not sent around.
         """
         if self.world == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # Its successor, from torch 2.13 on, still sends them once, and is missing in older versions.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            return DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
 
 def without_synchronisation(model: nn.Module, skip: bool) -> AbstractContextManager[None]:

@@ -143,6 +143,7 @@ def write_text(path: Path, text: str) -> None:
 def main() -> None:
     """Entry point of `flamingo-pretrain`."""
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     recipe = from_command_line(Recipe, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
     with processes() as group:
         folder = pretrain(recipe, group)

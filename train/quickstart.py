@@ -196,6 +196,7 @@ def total_seconds(out: Path, stages: Stages) -> dict[str, float]:
 def main() -> None:
     """Entry point of `flamingo-quickstart`."""
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     recipe = from_command_line(Quickstart, default=packaged(EMBEDDED), description=__doc__)
     recipe.check()
     if "RANK" not in os.environ:

@@ -7,8 +7,8 @@ heads for drawing style and position, dropped afterwards, so that its frozen fea
 ask for. The language model is an `Lfm2ForCausalLM`: at this size, short convolutions are what brings induction (copying
 what followed the last time) within minutes. Induction is what in-context learning stands on, so it is checked, loudly.
 
-Both folders load with transformers alone: `AutoModel.from_pretrained`, `AutoModelForCausalLM.from_pretrained`. Beside them
-lie RECIPE.json (recipe, seed, versions, figures), log.txt and SHA256SUMS.
+Both folders load with transformers alone: `AutoModel.from_pretrained`, `AutoModelForCausalLM.from_pretrained`. Beside
+them lie RECIPE.json (recipe, seed, versions, figures), log.txt and SHA256SUMS.
 
 Legend: B pictures or sequences, T tokens, C classes, D features.
 """
@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from data_shards.glyphs.pictures import ASSETS, POSITIONS, STYLES, PictureKey, digits, load_world, read_png
+from data_shards.glyphs.pictures import POSITIONS, STYLES, PictureKey, digits, load_world, read_png
 from data_shards.glyphs.words import END_OF_CHUNK, TextWorld, build_tokenizer, fresh_names
 from flamingo.errors import FlamingoError, command_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from rich.progress import Progress, TaskID
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INDUCTION_BAR = 0.9
 TOWER_INPUT = 64  # pixels: the 32×32 picture is enlarged, since ResNet's stem reduces by four
@@ -56,7 +56,7 @@ class TowerRecipe:
     hidden_sizes: tuple[int, ...] = (32, 64, 128)  # channels of the stages; the last is the width of the features
     depths: tuple[int, ...] = (1, 1, 1)  # residual blocks of the stages
     variants: int = 64  # pictures drawn of a class
-    steps: int = 800
+    steps: int = 700
     batch: int = 256  # pictures a step
     learning_rate: float = 2e-3  # peak
     weight_decay: float = 0.05
@@ -308,16 +308,21 @@ def check_induction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     accuracy = repeat_copying(model, tokenizer)
     if not accuracy >= INDUCTION_BAR:
         raise FlamingoError(
-            f"the language model ({type(model).__name__}) copies a repeated random segment with accuracy {accuracy:.3f}, "
-            f"at least {INDUCTION_BAR} is needed: without induction a Flamingo cannot learn in context. "
-            "Train it longer, or choose another one"
+            f"the language model ({type(model).__name__}) copies a repeated random segment with accuracy "
+            f"{accuracy:.3f}, at least {INDUCTION_BAR} is needed: without induction a Flamingo cannot learn in "
+            "context. Train it longer, or choose another one"
         )
     return accuracy
 
 
 @torch.no_grad()
 def text_few_shot(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chunks: int, template: str = "{name}", count: int = 200
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chunks: int,
+    template: str = "{name}",
+    count: int = 200,
 ) -> float:
     """5-way in-context learning from text alone, attribute words in the place of pictures, names never trained on.
 
@@ -398,7 +403,8 @@ class Journal:
     def __init__(self, path: Path, every: int = 50) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.every, self.seconds = every, {}
+        self.every = every
+        self.seconds: dict[str, float] = {}  # of the stages done
         self._file = path.open("w", encoding="utf-8")
         self._progress: Progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(),
@@ -446,7 +452,8 @@ class Journal:
 def write_checksums(folder: Path) -> None:
     """SHA256SUMS of every other file beneath the folder, as sha256sum -c reads it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in files]
+    sums = ((hashlib.sha256(path.read_bytes()).hexdigest(), path.relative_to(folder).as_posix()) for path in files)
+    lines = [f"{digest}  {name}" for digest, name in sums]
     (folder / CHECKSUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -458,8 +465,6 @@ def make_backbones(
     Raises:
         FlamingoError: where a language model without induction comes out. Nothing is left in `out` but the log then.
     """
-    import transformers
-
     tower, language = tower or TowerRecipe(), language or LanguageRecipe()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -469,11 +474,30 @@ def make_backbones(
         figures = {**tower_figures_, **language_figures_}
         for name, value in figures.items():
             journal.line(f"{name}: {value:.4f}")
-        seconds = dict(journal.seconds)
+    write_backbones(out, vision, model, tokenizer, tower, language, seed, figures, journal.seconds)
+    return figures
+
+
+def write_backbones(
+    out: Path,
+    vision: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tower: TowerRecipe,
+    language: LanguageRecipe,
+    seed: int,
+    figures: dict[str, float],
+    seconds: dict[str, float],
+) -> None:
+    """Write both folders, RECIPE.json and SHA256SUMS."""
+    import transformers
+
     vision.save_pretrained(out / "vision")
     (out / "vision" / "preprocessor_config.json").write_text(json.dumps(image_processor(), indent=2) + "\n")
     model.save_pretrained(out / "language")
     tokenizer.save_pretrained(out / "language")
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes for the owner alone
     recipe = {
         "command": f"python -m data_shards.glyphs.backbones --seed {seed}",
         "seed": seed,
@@ -486,7 +510,6 @@ def make_backbones(
         },
         "seconds": seconds,
         "bfloat16": _fast_bfloat16(),
-        "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -496,11 +519,11 @@ def make_backbones(
     }
     (out / "RECIPE.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     write_checksums(out)
-    return figures
 
 
 @command_line
 def main() -> None:
+    """Command line of this module."""
     parser = argparse.ArgumentParser(description="Train the embedded world's vision tower and language model.")
     parser.add_argument("--out", required=True, help="folder to write vision/ and language/ into")
     parser.add_argument("--seed", type=int, default=0)

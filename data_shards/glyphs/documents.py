@@ -1,8 +1,8 @@
 """Interleaved documents of the embedded world: pictures of glyphs, and text that names them.
 
-Two kinds. `naming` documents speak of the known classes by the names they keep for good, as web pages do. `episodes` are
-bursty: a few classes come again and again under names drawn anew for that document, so that only the context can tell
-what the last picture is called. Both use `train` classes and names of the "train" split alone.
+Two kinds. `naming` documents speak of the known classes by the names they keep for good, as web pages do. `episodes`
+are bursty: a few classes come again and again under names drawn anew for that document, so that only the context can
+tell what the last picture is called. Both use `train` classes and names of the "train" split alone.
 
 Pictures come from a pool of variants, drawn and encoded once: a class has `VARIANTS` pictures, whatever the number of
 documents. Every document is a pure function of (seed, its number).
@@ -62,14 +62,19 @@ def _picture(pool: PicturePool, class_id: int, rng: random.Random) -> tuple[Imag
 
 
 def _document(
-    source: str, number: int, chunks: Sequence[tuple[int, str]], pool: PicturePool, rng: random.Random, names: dict[int, str]
+    source: str,
+    number: int,
+    chunks: Sequence[tuple[int | None, str]],
+    names: dict[int, str],
+    pool: PicturePool,
+    rng: random.Random,
 ) -> Document:
-    """A document of (class id, text after its picture) chunks; a class id below 0 is text without a picture."""
+    """A document of (class id, text after its picture) chunks; without a class it is text alone."""
     segments: list[Segment] = []
     classes: list[int] = []
     variants: list[int] = []
     for class_id, text in chunks:
-        if class_id >= 0:
+        if class_id is not None:
             image, variant = _picture(pool, class_id, rng)
             segments.append(image)
             classes.append(class_id)
@@ -80,21 +85,23 @@ def _document(
 
 
 def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
-    """Documents number `start` to `start + count − 1` of one to six pictures of known classes, each with a sentence
-    that names it by its fixed name. Their source is "naming"; metadata: classes, variants, names (one a picture)."""
+    """Documents number `start` to `start + count − 1` of one to six pictures of known classes, named by sentences.
+
+    Each class goes by its fixed name. Their source is "naming"; metadata: classes, variants, names (one a picture).
+    """
     pool = pool or PicturePool(seed)
     names = fixed_names()
     known = sorted(names)
     for number in range(start, start + count):
         rng = random.Random(f"naming/{seed}/{number}")
-        chunks: list[tuple[int, str]] = []
+        chunks: list[tuple[int | None, str]] = []
         if rng.random() < 0.15:
-            chunks.append((-1, rng.choice(OPENINGS)))
+            chunks.append((None, rng.choice(OPENINGS)))
         plain = rng.random() < 0.5
         for class_id in rng.choices(known, k=rng.randint(1, 6)):
             template = NAMING_TEMPLATES[0] if plain else rng.choice(NAMING_TEMPLATES)
             chunks.append((class_id, template.format(name=names[class_id])))
-        yield _document("naming", number, chunks, pool, rng, names)
+        yield _document("naming", number, chunks, names, pool, rng)
 
 
 def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
@@ -116,29 +123,32 @@ def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool |
         shown.append(rng.choice(shown))
         template = NAMING_TEMPLATES[0] if rng.random() < PLAIN_NAME_SHARE else rng.choice(NAMING_TEMPLATES)
         chunks = [(class_id, template.format(name=names[class_id])) for class_id in shown]
-        yield _document("episodes", number, chunks, pool, rng, names)
+        yield _document("episodes", number, chunks, names, pool, rng)
 
 
 def write_world_shards(
-    folder: str | Path, *, naming: int, episodes: int, seed: int = 0, processes: int = 1
+    folder: str | Path, *, naming: int, episodes: int, seed: int = 0, processes: int = 1, variants: int = VARIANTS
 ) -> dict[str, Any]:
     """Write `folder`/naming and `folder`/episodes as tar shards.
 
-    naming, episodes: numbers of documents. The shards do not depend on `processes`. Returns, for each of the two, the
-    account of `write_shards`; for the episodes also how often a (class, name) pair came in more than one document.
+    naming, episodes: numbers of documents. variants: pictures of a class. The shards do not depend on `processes`.
+    Returns the account of `write_shards` for each of the two; for the episodes also how many (class, name) pairs there
+    are, and how many of them came in more than one document.
 
     Raises:
         FlamingoError: where a number is not positive.
     """
-    for label, number in (("naming", naming), ("episodes", episodes), ("processes", processes)):
+    for label, number in (("naming", naming), ("episodes", episodes), ("processes", processes), ("variants", variants)):
         if number < 1:
             raise FlamingoError(f"{label}={number}: expected a positive number")
-    pool = PicturePool(seed)
-    pool.fill(load_world().split("train"), processes)
+    pool = PicturePool(seed, variants)
+    train = load_world().split("train")
+    if naming + episodes > len(train):  # fewer documents draw the few pictures they show
+        pool.fill(train, processes)
     work = functools.partial(_write_source, folder=Path(folder), seed=seed, pool=pool)
     # The longer one first, so that the processes end at about the same time.
     written = in_processes(work, [("episodes", episodes), ("naming", naming)], processes)
-    return {source: account for source, account in sorted(written, key=lambda item: item[0], reverse=True)}
+    return dict(sorted(written, key=lambda item: item[0], reverse=True))
 
 
 def _write_source(item: tuple[str, int], folder: Path, seed: int, pool: PicturePool) -> tuple[str, dict[str, Any]]:

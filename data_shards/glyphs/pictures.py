@@ -54,7 +54,7 @@ POSITIONS = ("left", "right", "top", "bottom")
 
 # Scripts of which neither the tower nor the Flamingo ever sees a letter.
 UNSEEN_SCRIPTS = ("Georgian", "Armenian", "Tifinagh", "Nko")
-SEEN_SCRIPTS = ("Latin", "Greek", "Cyrillic", "Hebrew", "Arabic", "Canadian", "Lao", "Lisu", "Italic", "Coptic", "Runic")
+SEEN_SCRIPTS = ("Latin", "Greek", "Cyrillic", "Hebrew", "Arabic", "Canadian", "Lao", "Lisu", "Italic", "Coptic")
 SYMBOL_BLOCKS = {
     "Arrows": (0x2190, 0x21FF),
     "Mathematics": (0x2200, 0x22FF),
@@ -109,7 +109,7 @@ def _draw(character: str, font: str, pixels: int, box: int) -> np.ndarray:
     """The character's ink as float (pixels, pixels) in 0..1, cut to its bounding box whose longer side is `box`."""
     face = _font(font, 160)
     left, top, right, bottom = face.getbbox(character)
-    width, height = right - left, bottom - top
+    width, height = int(right - left), int(bottom - top)
     if width < 8 or height < 8:  # a blank, or a hairline that would be scaled up to a block
         return np.zeros((pixels, pixels), np.float32)
     canvas = PillowImage.new("L", (width, height))
@@ -187,9 +187,10 @@ def choose_classes() -> list[GlyphClass]:
     bounds = np.cumsum(list(SPLIT_SIZES.values()))
     for rank, index in enumerate(order[: bounds[-1]]):
         split = list(SPLIT_SIZES)[int(np.searchsorted(bounds, rank, side="right"))]
-        classes.append(GlyphClass(len(classes), *seen[index], split))
-    for item in unseen:
-        classes.append(GlyphClass(len(classes), *item, "scripts"))
+        character, font, script = seen[index]
+        classes.append(GlyphClass(len(classes), character, font, script, split))
+    for character, font, script in unseen:
+        classes.append(GlyphClass(len(classes), character, font, script, "scripts"))
     return classes
 
 
@@ -210,7 +211,7 @@ def read_classes(path: Path = CLASSES_FILE) -> list[GlyphClass]:
 
 
 def _thin(ink: np.ndarray) -> np.ndarray:
-    """The skeleton of a boolean image (Zhang & Suen 1984, "A fast parallel algorithm for thinning digital patterns")."""
+    """The skeleton of a boolean image (Zhang & Suen 1984, A fast parallel algorithm for thinning digital patterns)."""
     ink = np.pad(ink, 1).astype(np.uint8)
     while True:
         changed = False
@@ -338,9 +339,9 @@ def _stack_choices(keys: Sequence[PictureKey]) -> _Draws:
     noise = np.zeros((len(keys), SIZE, SIZE), np.float32)
     for row, value in enumerate(columns[-1]):
         noise[row] = value
-    integer = {0: bool, 7: int}
-    stacked = [np.asarray(column, dtype=integer.get(i, np.float32)) for i, column in enumerate(columns[:-1])]
-    return _Draws(*stacked, noise)
+    kinds: dict[int, Any] = {0: bool, 7: int}
+    stacked = [np.asarray(column, dtype=kinds.get(i, np.float32)) for i, column in enumerate(columns[:-1])]
+    return _Draws._make([*stacked, noise])
 
 
 def _sample(maps: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -360,8 +361,11 @@ def _coarse_scan(ink: np.ndarray, block: int) -> np.ndarray:
     """Average over blocks and enlarge again bilinearly, as scikit-learn's 8×8 digits are (B, S, S)."""
     cells = SIZE // block
     parts = ink.reshape(-1, cells, block, cells, block)
-    mean = sum(parts[:, :, i, :, j] for i in range(block) for j in range(block)) * np.float32(1 / block**2)
-    return _enlarge(mean)
+    total = np.zeros((len(ink), cells, cells), np.float32)
+    for row in range(block):
+        for column in range(block):
+            total += parts[:, :, row, :, column]  # one by one: the order of the sum must not depend on the batch
+    return _enlarge(total * np.float32(1 / block**2))
 
 
 def _enlarge(small: np.ndarray, size: int = SIZE) -> np.ndarray:
@@ -408,7 +412,7 @@ def render(maps: np.ndarray, keys: Sequence[PictureKey]) -> np.ndarray:
 
 
 def encode_png(levels: np.ndarray) -> bytes:
-    """A 4-bit grey PNG of uint8 levels 0..15 (height, even width). Pillow writes no 4-bit grey; it reads it as mode L."""
+    """A 4-bit grey PNG of uint8 levels 0..15 (height, even width). Pillow reads it as mode L, but writes none."""
     height, width = levels.shape
     packed = (levels[:, 0::2] << 4 | levels[:, 1::2]).astype(np.uint8)
     rows = np.zeros((height, packed.shape[1] + 1), np.uint8)  # every row opens with its filter type, 0 = none
@@ -442,7 +446,7 @@ class GlyphWorld:
         self.known: list[int] = sorted(train[i] for i in chosen)  # the train classes that have a name for good
 
     def split(self, name: str) -> list[int]:
-        """Class ids of "train", "validation", "test" (new classes of the same scripts) or "scripts" (unseen scripts)."""
+        """Class ids of "train", "validation", "test" (both of the same scripts) or "scripts" (unseen ones)."""
         if name not in SPLITS:
             raise FlamingoError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
         return [c.id for c in self.classes if c.split == name]

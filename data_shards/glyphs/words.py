@@ -5,7 +5,8 @@ vocabulary. A tenth of the names is kept out of every training text, so that an 
 
 The text world teaches a language model what a Flamingo will need of it, without a single picture: to look back in its
 context for what followed the last time (repeated segments, documents in which attribute words stand where pictures
-will stand), the phrases of captions, questions and instructions, and a few facts. Templates follow ../shared/FORMATS.md.
+will stand), the phrases of captions, questions and instructions, and a few facts. Templates follow Otter's and
+OpenFlamingo's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from data_shards.glyphs.pictures import POSITIONS, STYLES, WORLD_SEED, load_world
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
@@ -52,27 +54,22 @@ GRAMMAR = tuple(
     "shows side sign single small so some something stand stands state still story style such symbol tell than that "
     "the their them then there these they thing this time to together top up upon us use very want was way we well "
     "were what when where whether which while who whole why will with without word words write written yes yet you "
-    "your does't contain contains differ question colour change changes stays stay happens happen sentence sketch "
-    "label exist exists present both twice again another object inside outside edge form forms kind how".replace(
-        "does't", ""
-    ).split()
+    "your contain contains differ question colour change changes stays stay happens happen sentence sketch "
+    "glyphs signs symbols drawings letters characters words pairs caption text sides "
+    "label exist exists present both twice again another object inside outside edge form forms kind how".split()
 )
-CAPITALS = tuple("User GPT Output Question Answer Short A It The This That These What Which Where How Is Are Do".split())
-LOWER_MARKS = ("answer",)
+CAPITALS = tuple("User GPT Output Question Answer Short A It The This That These What Which Where How Is Are".split())
 WORDS = tuple(
-    dict.fromkeys(
-        ADJECTIVES + MATERIALS + THINGS + NUMBERS + ORDINALS + GRAMMAR + CAPITALS + STYLES + POSITIONS + LOWER_MARKS
-    )
+    dict.fromkeys(ADJECTIVES + MATERIALS + THINGS + NUMBERS + ORDINALS + GRAMMAR + CAPITALS + STYLES + POSITIONS)
 )
-CHARACTERS = tuple(map(chr, range(32, 127))) + ("\n", "\t")
+CHARACTERS = (*map(chr, range(32, 127)), "\n", "\t")
 
 
 def vocabulary() -> list[str]:
     """Every token, the id being the place in the list."""
-    opening = [syllable for syllable in SYLLABLES]
     continuing = [f"##{syllable}" for syllable in SYLLABLES]
     letters = [f"##{character}" for character in CHARACTERS if character.isalnum()]
-    return list(dict.fromkeys([*SPECIAL_TOKENS, *CHARACTERS, *letters, *opening, *continuing, *WORDS]))
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *CHARACTERS, *letters, *SYLLABLES, *continuing, *WORDS]))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -105,7 +102,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             decoders.Replace(opening, ""),
         ]
     )
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
@@ -116,7 +113,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="right",
         model_max_length=4096,
     )
-    return fast
 
 
 # ----------------------------------------------------------------------------------------------------------- names
@@ -149,7 +145,7 @@ def names_of(split: str = "train") -> tuple[str, ...]:
     return _names()[1][split]
 
 
-def fresh_names(rng: random.Random, count: int, split: str = "train") -> list[str]:
+def fresh_names(rng: random.Random | np.random.Generator, count: int, split: str = "train") -> list[str]:
     """Draw `count` different names. `rng` is a `random.Random` or a numpy Generator; `split` as of `names_of`."""
     names = names_of(split)
     if isinstance(rng, random.Random):
@@ -290,9 +286,8 @@ class TextWorld:
         self.tokenizer = tokenizer
         self.rng = random.Random(seed)
         facts = random.Random(WORLD_SEED)  # the facts hold in every text, whatever the seed
-        self.colour_of = {thing: facts.choice(COLOURS) for thing in THINGS}
-        self.material_of = {thing: facts.choice(MATERIALS) for thing in THINGS}
-        self.shape_of = {thing: facts.choice(SHAPES) for thing in THINGS}
+        values = {"colour": COLOURS, "material": MATERIALS, "form": SHAPES}
+        self.facts = {about: {thing: facts.choice(words) for thing in THINGS} for about, words in values.items()}
         special = set(tokenizer.all_special_ids)
         self._plain = [i for i in range(len(tokenizer)) if i not in special]
         facts.shuffle(self._plain)
@@ -302,7 +297,7 @@ class TextWorld:
     def looks(self) -> list[str]:
         """Words that stand for what a picture would show: one to three attributes, sometimes a thing."""
         words = self.rng.sample(ADJECTIVES, self.rng.choice((1, 1, 2, 2, 3)))
-        return words + [self.rng.choice(THINGS)] if self.rng.random() < 0.4 else words
+        return [*words, self.rng.choice(THINGS)] if self.rng.random() < 0.4 else words
 
     def _seen_again(self, looks: Sequence[str]) -> str:
         """The same looks as they vary from picture to picture: sometimes a word more, sometimes in another order."""
@@ -318,7 +313,7 @@ class TextWorld:
         rng = self.rng
         ways = rng.randint(1, min(6, max(1, chunks // 2)))
         classes = [(self.looks(), name) for name in fresh_names(rng, ways)]
-        template = "{name}" if rng.random() < 0.5 else rng.choice(NAMING_TEMPLATES)
+        template = "{name}" if rng.random() < 0.3 else rng.choice(NAMING_TEMPLATES)
         text = []
         for _ in range(chunks):
             looks, name = rng.choice(classes)
@@ -330,7 +325,7 @@ class TextWorld:
         """A sentence or a question about the things of this world."""
         rng = self.rng
         thing = rng.choice(THINGS)
-        subject, value = rng.choice((("colour", self.colour_of), ("material", self.material_of), ("form", self.shape_of)))
+        subject, value = rng.choice(list(self.facts.items()))
         answer = value[thing]
         if subject == "material":
             statement, question = f"the {thing} is made of {answer}.", f"what is the {thing} made of?"
@@ -354,56 +349,52 @@ class TextWorld:
     def _turn(question: str, answer: str, spaced: bool) -> str:
         return (SPACED_TURN if spaced else TURN).format(q=question, a=answer)
 
-    def _answer(self, kind: str, answer: str, style: int) -> str:
-        forms = ANSWERS[kind]
-        return forms[style % len(forms)].format(a=answer)
-
     def instructions(self, turns: int) -> str:
-        """A document of instruction turns of one or of mixed kinds, answered in one style throughout."""
+        """A document of instruction turns of one or of several kinds, answered in one style throughout."""
         rng = self.rng
         classes = [(self.looks(), name) for name in fresh_names(rng, rng.randint(2, 4))]
-        spaced, answer_style = rng.random() < 0.5, rng.choice((0, 0, 0, 1, 2, 3))
+        spaced, form = rng.random() < 0.5, rng.choice((0, 0, 0, 1, 2, 3))
         kinds = rng.sample(list(QUESTIONS), rng.choice((1, 1, 2, 3)))
-        text = []
-        for _ in range(turns):
-            kind = rng.choice(kinds)
-            looks, name = rng.choice(classes)
-            style, position = rng.choice(("plain", *STYLES)), rng.choice(POSITIONS)
-            picture = f"{self._seen_again(looks)}"
-            question = rng.choice(training_questions(kind))
-            if kind == "style":
-                text.append(f"{style} {picture} " + self._turn(question, self._answer(kind, style, answer_style), spaced))
-            elif kind == "position":
-                text.append(
-                    f"{picture} {position} " + self._turn(question, self._answer(kind, position, answer_style), spaced)
-                )
-            elif kind == "same":
-                same = rng.random() < 0.5
-                other = looks if same else rng.choice([c[0] for c in classes if c[1] != name])
-                answer = self._answer(kind, "same" if same else "different", answer_style)
-                text.append(f"{picture}, {self._seen_again(other)} " + self._turn(question, answer, spaced))
-            elif kind == "exists":
-                yes = rng.random() < 0.5
-                asked = name if yes else rng.choice([c[1] for c in classes if c[1] != name])
-                form = answer_style % 2 and (1 if yes else 2)
-                answer = ANSWERS[kind][form].format(a="yes" if yes else "no")
-                text.append(f"{picture} {name}. " + self._turn(question.format(name=asked), answer, spaced))
-            elif kind == "count":
-                count = rng.randint(1, 5)
-                shown = ", ".join(" ".join(rng.choice(classes)[0]) for _ in range(count))
-                text.append(shown + " " + self._turn(question, self._answer(kind, NUMBERS[count], answer_style), spaced))
-            elif kind == "story":
-                told = [rng.choice(classes) for _ in range(rng.randint(2, 4))]
-                shown = ", ".join(f"{' '.join(look)} {called}" for look, called in told)
-                text.append(shown + " " + self._turn(question, story([called for _, called in told]), spaced))
-            elif kind == "sequence":
-                start = rng.choice(POSITIONS)
-                end = rng.choice([p for p in POSITIONS if p != start])
-                answer = self._answer(kind, f"from {start} to {end}", answer_style)
-                text.append(f"{picture} {start}, {picture} {end} " + self._turn(question, answer, spaced))
-            else:
-                text.append(f"{picture} " + self._turn(question, self._answer(kind, name, answer_style), spaced))
-        return "".join(text)
+        return "".join(self._instruction(rng.choice(kinds), classes, spaced, form) for _ in range(turns))
+
+    def _instruction(self, kind: str, classes: Sequence[tuple[list[str], str]], spaced: bool, form: int) -> str:
+        """Words in the place of one or more pictures, a question about them, and its answer in the given form."""
+        rng = self.rng
+        looks, name = rng.choice(classes)
+        picture = self._seen_again(looks)
+        question = rng.choice(training_questions(kind))
+        forms = ANSWERS.get(kind, ("{a}",))
+        answer = forms[form % len(forms)]
+        if kind == "name":
+            value = name
+        elif kind == "style":
+            value = rng.choice(("plain", *STYLES))
+            picture = f"{value} {picture}"
+        elif kind == "position":
+            value = rng.choice(POSITIONS)
+            picture = f"{picture} {value}"
+        elif kind == "same":
+            other, called = rng.choice(classes) if rng.random() < 0.5 else (looks, name)
+            value = "same" if called == name else "different"
+            picture = f"{picture}, {self._seen_again(other)}"
+        elif kind == "exists":
+            asked = rng.choice(classes)[1] if rng.random() < 0.5 else name
+            value = "yes" if asked == name else "no"
+            answer = forms[0] if form % 2 == 0 else forms[1] if value == "yes" else forms[2]
+            picture, question = f"{picture} {name}.", question.format(name=asked)
+        elif kind == "count":
+            count = rng.randint(1, 5)
+            value = NUMBERS[count]
+            picture = ", ".join(" ".join(rng.choice(classes)[0]) for _ in range(count))
+        elif kind == "story":
+            told = [rng.choice(classes) for _ in range(rng.randint(2, 4))]
+            value = story([called for _, called in told])
+            picture = ", ".join(f"{' '.join(seen)} {called}" for seen, called in told)
+        else:
+            start, end = rng.sample(POSITIONS, 2)
+            value = f"from {start} to {end}"
+            picture = f"{picture} {start}, {picture} {end}"
+        return f"{picture} " + self._turn(question, answer.format(a=value), spaced)
 
     # Sequences of token ids
 
@@ -417,7 +408,8 @@ class TextWorld:
         segment = rng.choices(self._plain[:vocabulary], k=rng.randint(3, longest))
         return (segment * (length // len(segment) + 1))[:length], len(segment)
 
-    def _document(self, kind: str, length: int) -> str:
+    def document(self, kind: str, length: int) -> str:
+        """A document of a kind: "few_shot" (for about `length` tokens), "instructions" or "facts"."""
         if kind == "few_shot":
             return self.few_shot(self.rng.randint(max(3, length // 12), max(6, length // 6)))
         if kind == "instructions":
@@ -438,7 +430,7 @@ class TextWorld:
             repeated, first = self.repeats(length - 1, vocabulary)
             return ids + repeated, [-100] * (first + 1) + repeated[first:]
         while len(ids) < length:
-            ids += self.tokenizer(self._document(kind, length), add_special_tokens=False).input_ids
+            ids += self.tokenizer(self.document(kind, length), add_special_tokens=False).input_ids
             ids += [self.tokenizer.eos_token_id, self.tokenizer.bos_token_id]
         return ids[:length], ids[:length]
 

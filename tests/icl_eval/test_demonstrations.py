@@ -11,7 +11,7 @@ from flamingo import FlamingoError
 from icl_eval.demonstrations import check_shots, draw_episode
 from icl_eval.diagnostics import CONTROL_SHOTS, plain, under_control
 from icl_eval.metrics import bootstrap_interval
-from icl_eval.sources import FIRST_VARIANT, load_pool
+from icl_eval.sources import load_pool
 from icl_eval.tasks import FOLDER, available, load_task
 
 
@@ -73,7 +73,7 @@ def test_episodes_depend_on_seed_task_and_query_alone(glyphs):
 
 
 def test_shots_are_nested_balanced_and_without_the_query(glyphs):
-    """A query among its own demonstrations, a way shown more often than others, k shots that are no beginning of k + 1."""
+    """A query among its own demonstrations, a way shown more often than others, k shots that do not begin k + 1."""
     task, pool = glyphs
     for number in range(200):
         episode = draw_episode(task, pool, 0, number)
@@ -109,14 +109,14 @@ def test_pictures_are_none_that_training_saw(glyphs):
     test_classes = set(load_world().split("test"))
     for item in pool.items:
         _, kind, variant = item.id.split("/")
-        assert int(variant) >= FIRST_VARIANT
+        assert int(variant) >= 10_000
         assert int(kind) in test_classes
     naming = load_pool(load_task("naming"))
-    assert all(int(item.id.split("/")[2]) >= FIRST_VARIANT for item in naming.items)
+    assert all(int(item.id.split("/")[2]) >= 10_000 for item in naming.items)
 
 
 def perfect(pool, prompt):
-    """What a model without fault would answer: the label that stands most often beside pictures of the query's class."""
+    """The answer of a model without fault: the label seen most often beside pictures of the query's class."""
     kinds = [pool.items[image].kind for image in prompt.images]
     asked = pool.items[prompt.query].kind
     votes = [
@@ -149,6 +149,8 @@ def test_too_many_shots_are_refused(glyphs):
 def test_bootstrap_interval_covers_the_truth():
     """An interval of the values instead of their mean, or of the wrong level."""
     rng = np.random.default_rng(0)
+    low, high = bootstrap_interval(np.repeat([1.0, 0.0], [160, 40]), resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * (0.8 * 0.2 / 200) ** 0.5, rel=0.08)
     covered = []
     for trial in range(300):
         low, high = bootstrap_interval((rng.random(200) < 0.8).astype(float), seed=trial, resamples=400)

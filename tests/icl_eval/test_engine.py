@@ -75,6 +75,15 @@ def test_scores_equal_the_plain_way(family, media_attention, pool, tmp_path):
             np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
+def test_a_tokenizer_without_a_beginning(pool, tmp_path):
+    """Nothing to read before the query at 0 shots: an empty pass, or a cache that is expected and not there."""
+    model, processor = lively_flamingo(tmp_path, "llama")
+    processor.tokenizer.bos_token = None
+    made = ladders(names=EQUAL)
+    expected = [plainly(model, processor, pool, ladder) for ladder in made]
+    np.testing.assert_allclose(Engine(model, processor).rank(pool, made), expected, atol=1e-5, rtol=0)
+
+
 def test_equal_lengths_share_their_prefix(flamingo, pool, monkeypatch):
     """Demonstrations read again for each shot count: right scores, but twice the time."""
     model, processor = flamingo
@@ -178,3 +187,18 @@ def test_a_prompt_that_is_no_prefix_is_refused(flamingo, pool):
     ladder = dataclasses.replace(ladders("b")[0], answers=("bado", "bnili"))
     with pytest.raises(FlamingoError, match=r"prompt 'b' are no prefix of those of prompt and answer 'bado'"):
         engine.rank(pool, [ladder])
+
+
+def test_a_tokenizer_that_joins_chunks_is_refused(flamingo, pool, monkeypatch):
+    """Chunks are tokenised alone; where a row of them gives other tokens, the model would be asked something else."""
+    engine = Engine(*flamingo)
+    chunk = engine.chunk
+    monkeypatch.setattr(
+        engine,
+        "chunk",
+        lambda text, complete=True: (*chunk(text, complete=complete)[:1], 5, *chunk(text, complete=complete)[1:]),
+    )
+    with pytest.raises(
+        FlamingoError, match=r"0: the tokenizer reads a chunk differently alone and in a row .first at token 2"
+    ):
+        engine.rank(pool, ladders()[:1])
