@@ -24,9 +24,9 @@ from flamingo.document import Document, Image, Segment, Text
 from flamingo.errors import FlamingoError
 
 VARIANTS = 48  # pictures of a class in the pool
-PLAIN_NAME_SHARE = 0.7  # share of episodes that use the evaluation's own template: the name and nothing else
-WAYS = (1, 2, 3, 4, 5)
-PICTURES = (4, 9)  # pictures of an episode, at least and at most
+PLAIN_NAME_SHARE = 0.9  # share of episodes that use the evaluation's own template: the name and nothing else
+WAYS = (2, 3, 4, 5)
+PICTURES = (5, 9)  # pictures of an episode, at least and at most
 
 OPENINGS = ("here are some pictures.", "some signs and their names.", "look at these.", "a list of glyphs.")
 
@@ -68,8 +68,14 @@ def _document(
     names: dict[int, str],
     pool: PicturePool,
     rng: random.Random,
+    *,
+    names_are_known: bool,
 ) -> Document:
-    """A document of (class id, text after its picture) chunks; without a class it is text alone."""
+    """A document of (class id, text after its picture) chunks; without a class it is text alone.
+
+    Where names are not known beforehand, a chunk counts in the loss only when its class has occurred before: nothing
+    tells a first name, so that its loss is noise.
+    """
     segments: list[Segment] = []
     classes: list[int] = []
     variants: list[int] = []
@@ -79,7 +85,8 @@ def _document(
             segments.append(image)
             classes.append(class_id)
             variants.append(variant)
-        segments.append(Text(text))
+        supervised = names_are_known or class_id in classes[:-1]
+        segments.append(Text(text, supervised))
     metadata = {"classes": classes, "variants": variants, "names": [names[class_id] for class_id in classes]}
     return Document(tuple(segments), f"{source}-{number:07d}", source, metadata)
 
@@ -101,11 +108,11 @@ def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | 
         for class_id in rng.choices(known, k=rng.randint(1, 6)):
             template = NAMING_TEMPLATES[0] if plain else rng.choice(NAMING_TEMPLATES)
             chunks.append((class_id, template.format(name=names[class_id])))
-        yield _document("naming", number, chunks, names, pool, rng)
+        yield _document("naming", number, chunks, names, pool, rng, names_are_known=True)
 
 
 def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
-    """Documents number `start` to `start + count − 1` of four to nine pictures of one to five train classes.
+    """Documents number `start` to `start + count − 1` of five to nine pictures of two to five train classes.
 
     The names are drawn anew for each document, one template is kept throughout it, and the last picture's class has
     occurred before. Their source is "episodes"; metadata: classes, variants, names (one a picture).
@@ -123,7 +130,7 @@ def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool |
         shown.append(rng.choice(shown))
         template = NAMING_TEMPLATES[0] if rng.random() < PLAIN_NAME_SHARE else rng.choice(NAMING_TEMPLATES)
         chunks = [(class_id, template.format(name=names[class_id])) for class_id in shown]
-        yield _document("episodes", number, chunks, names, pool, rng)
+        yield _document("episodes", number, chunks, names, pool, rng, names_are_known=False)
 
 
 def write_world_shards(
