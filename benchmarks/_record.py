@@ -25,15 +25,19 @@ def publish(figures: dict[str, float | str], json_file: str | None, **more: obje
 def commit() -> str:
     """The commit of the checkout; "+changes" where files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return head + ("+changes" if changed else "")
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    status = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True, text=True)
+    return head + ("+changes" if status.stdout.strip() else "")
 
 
 def machine() -> dict[str, str | int]:
     """Processor, cores and versions."""
     model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,8 +1,8 @@
 """Tar shards of documents, in WebDataset's format, with an index of byte offsets beside them.
 
 A sample is `{key}.json`, the document, and its media as raw files `{key}.0.png`, `{key}.1.jpg`, …. The index makes
-every sample readable alone: `index.json` lists the shards with their sizes and checksums, `{shard}.offsets.npy` holds where
-each sample begins and where the last one ends (8 bytes a sample).
+every sample readable alone: `index.json` lists the shards with their sizes and checksums, `{shard}.offsets.npy` holds
+where each sample begins and where the last one ends (8 bytes a sample).
 """
 
 from __future__ import annotations

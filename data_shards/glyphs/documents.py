@@ -13,20 +13,23 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_shards.glyphs.pictures import PictureKey, in_processes, load_world
+from data_shards.glyphs.pictures import PictureKey, load_world, process_map
 from data_shards.glyphs.words import NAMING_TEMPLATES, fixed_names, fresh_names
+from data_shards.shards import ShardAccount, ShardWriter, write_index
 from flamingo.document import Document, Image, Segment, Text
 from flamingo.errors import FlamingoError
 
 VARIANTS = 48  # pictures of a class in the pool
-PLAIN_NAME_SHARE = 0.9  # share of episodes that use the evaluation's own template: the name and nothing else
+PLAIN_NAME_SHARE = 0.95  # share of episodes that use the evaluation's own template: the name and nothing else
 WAYS = (2, 3, 4, 5)
 PICTURES = (5, 9)  # pictures of an episode, at least and at most
+TOKENS = 40  # of a document, about
+PART = 2000  # documents of a shard
 
 OPENINGS = ("here are some pictures.", "some signs and their names.", "look at these.", "a list of glyphs.")
 
@@ -43,11 +46,10 @@ class PicturePool:
             self._pictures[key] = load_world().png(*key, self.seed)
         return self._pictures[key]
 
-    def fill(self, class_ids: Sequence[int], processes: int = 1) -> None:
+    def fill(self, class_ids: Sequence[int], processes: int, in_processes: Callable[..., list[Any]]) -> None:
         """Draw all variants of the classes, in parallel. About 250 µs a picture and core."""
-        parts = [class_ids[start::processes] for start in range(processes)]
         work = functools.partial(_draw_classes, variants=self.variants, seed=self.seed)
-        for part in in_processes(work, parts, processes):
+        for part in in_processes(work, [class_ids[start::processes] for start in range(processes)]):
             self._pictures.update(part)
 
 
@@ -91,6 +93,11 @@ def _document(
     return Document(tuple(segments), f"{source}-{number:07d}", source, metadata)
 
 
+def _pictures_with(template: str) -> int:
+    """Pictures that fit beside this text into about `TOKENS` tokens: a batch is as long as its longest document."""
+    return max(1, TOKENS // (len(template.split()) + template.count(".") + template.count(":") + 3))
+
+
 def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
     """Documents number `start` to `start + count − 1` of one to six pictures of known classes, named by sentences.
 
@@ -104,9 +111,8 @@ def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | 
         chunks: list[tuple[int | None, str]] = []
         if rng.random() < 0.15:
             chunks.append((None, rng.choice(OPENINGS)))
-        plain = rng.random() < 0.5
-        for class_id in rng.choices(known, k=rng.randint(1, 6)):
-            template = NAMING_TEMPLATES[0] if plain else rng.choice(NAMING_TEMPLATES)
+        template = NAMING_TEMPLATES[0] if rng.random() < 0.5 else rng.choice(NAMING_TEMPLATES)
+        for class_id in rng.choices(known, k=min(rng.randint(1, 6), _pictures_with(template))):
             chunks.append((class_id, template.format(name=names[class_id])))
         yield _document("naming", number, chunks, names, pool, rng, names_are_known=True)
 
@@ -121,14 +127,15 @@ def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool |
     train = load_world().split("train")
     for number in range(start, start + count):
         rng = random.Random(f"episodes/{seed}/{number}")
-        length = rng.randint(*PICTURES)
+        template = NAMING_TEMPLATES[0] if rng.random() < PLAIN_NAME_SHARE else rng.choice(NAMING_TEMPLATES)
+        fewest, most = PICTURES
+        length = rng.randint(fewest, max(fewest, min(most, _pictures_with(template))))
         ways = rng.choice([way for way in WAYS if way < length])
         ids = rng.sample(train, ways)
         names = dict(zip(ids, fresh_names(rng, ways), strict=True))
         shown = ids + rng.choices(ids, k=length - ways - 1)
         rng.shuffle(shown)
         shown.append(rng.choice(shown))
-        template = NAMING_TEMPLATES[0] if rng.random() < PLAIN_NAME_SHARE else rng.choice(NAMING_TEMPLATES)
         chunks = [(class_id, template.format(name=names[class_id])) for class_id in shown]
         yield _document("episodes", number, chunks, names, pool, rng, names_are_known=False)
 
@@ -150,29 +157,61 @@ def write_world_shards(
             raise FlamingoError(f"{label}={number}: expected a positive number")
     pool = PicturePool(seed, variants)
     train = load_world().split("train")
-    if naming + episodes > len(train):  # fewer documents draw the few pictures they show
-        pool.fill(train, processes)
-    work = functools.partial(_write_source, folder=Path(folder), seed=seed, pool=pool)
-    # The longer one first, so that the processes end at about the same time.
-    written = in_processes(work, [("episodes", episodes), ("naming", naming)], processes)
-    return dict(sorted(written, key=lambda item: item[0], reverse=True))
-
-
-def _write_source(item: tuple[str, int], folder: Path, seed: int, pool: PicturePool) -> tuple[str, dict[str, Any]]:
-    from data_shards.shards import write_shards
-
-    source, count = item
-    documents = (naming_documents if source == "naming" else episode_documents)(count, seed, pool=pool)
+    parts = [
+        Part(source, start, min(PART, count - start))
+        for source, count in (("episodes", episodes), ("naming", naming))
+        for start in range(0, count, PART)
+    ]
+    with process_map(processes) as in_processes:
+        if naming + episodes > len(train):  # fewer documents draw the few pictures they show
+            pool.fill(train, processes, in_processes)
+        work = functools.partial(_write_parts, folder=Path(folder), pool=pool)
+        shares = in_processes(work, [parts[i::processes] for i in range(processes)])
+    written = [part for share in shares for part in share]
+    account: dict[str, Any] = {}
+    for source in ("naming", "episodes"):
+        mine = [part for part in written if part.source == source]
+        write_index(Path(folder) / source, [entry for part in mine for entry in part.entries])
+        account[source] = {
+            field.name: sum(getattr(part.account, field.name) for part in mine) for field in fields(ShardAccount)
+        }
     pairs: Counter[tuple[int, str]] = Counter()
+    for part in written:
+        pairs.update(part.pairs if part.source == "episodes" else {})
+    account["episodes"]["pairs"] = len(pairs)
+    account["episodes"]["pairs_in_several_documents"] = sum(times > 1 for times in pairs.values())
+    account["episodes"]["most_documents_of_a_pair"] = max(pairs.values())
+    return account
 
-    def counted() -> Iterator[Document]:
-        for document in documents:
+
+@dataclass(frozen=True)
+class Part:
+    """Documents that one process writes as one shard."""
+
+    source: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """What is known of a part's shard when it is written; `pairs`: documents of each (class, name)."""
+
+    source: str
+    entries: list[dict[str, Any]]
+    account: ShardAccount
+    pairs: Counter[tuple[int, str]]
+
+
+def _write_parts(parts: Sequence[Part], folder: Path, pool: PicturePool) -> list[WrittenPart]:
+    written = []
+    for part in parts:
+        shards = ShardWriter(folder / part.source, f"{part.source}-from-{part.start:07d}", max_samples=part.count)
+        pairs: Counter[tuple[int, str]] = Counter()
+        generate = naming_documents if part.source == "naming" else episode_documents
+        for document in generate(part.count, pool.seed, part.start, pool):
             pairs.update(set(zip(document.metadata["classes"], document.metadata["names"], strict=True)))
-            yield document
-
-    account = asdict(write_shards(counted(), folder / source))
-    if source == "episodes":
-        account["pairs"] = len(pairs)
-        account["pairs_in_several_documents"] = sum(times > 1 for times in pairs.values())
-        account["most_documents_of_a_pair"] = max(pairs.values())
-    return source, account
+            shards.write(document)
+        shards.close()
+        written.append(WrittenPart(part.source, shards.entries, shards.account, pairs))
+    return written

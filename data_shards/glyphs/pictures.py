@@ -24,8 +24,9 @@ import multiprocessing
 import struct
 import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -481,7 +482,8 @@ class GlyphWorld:
         """`pictures` of many keys, best sorted by class, in several processes."""
         share = -(-len(keys) // max(1, processes))
         parts = [keys[start : start + share] for start in range(0, len(keys), share)]
-        return np.concatenate(in_processes(_draw_part, parts, processes))
+        with process_map(processes) as in_processes:
+            return np.concatenate(in_processes(_draw_part, parts))
 
     def pngs(self, keys: Sequence[PictureKey]) -> list[bytes]:
         """`png` of many keys, faster."""
@@ -494,13 +496,15 @@ def _draw_part(keys: Sequence[PictureKey]) -> np.ndarray:
     return np.concatenate([world.pictures(keys[start : start + 256]) for start in range(0, len(keys), 256)])
 
 
-def in_processes(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> list[Any]:
-    """[work(item) for item in items], in up to `processes` new processes."""
-    if processes <= 1 or len(items) <= 1:
-        return [work(item) for item in items]
+@contextmanager
+def process_map(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]]:
+    """Within it, `[work(item) for item in items]` over that many processes, which start once; 1: in this one."""
+    if processes <= 1:
+        yield lambda work, items: [work(item) for item in items]
+        return
     # "spawn": a fork of a process in which torch has started threads may hang.
-    with ProcessPoolExecutor(min(processes, len(items)), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(work, items))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield lambda work, items: list(pool.map(work, items))
 
 
 @functools.lru_cache(maxsize=1)

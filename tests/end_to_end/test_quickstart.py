@@ -12,8 +12,10 @@ import pytest
 
 from flamingo import FlamingoForConditionalGeneration
 
-SMALL = ["--steps", "24", "--data.glyphs.naming", "300", "--data.glyphs.episodes", "600", "--episodes", "12",
-         "--data.sources.episodes.start_step", "4", "--optimizer.warmup_steps", "4", "--tracking.mode", "disabled"]  # fmt: skip
+SMALL = [
+    *("--steps", "24", "--data.glyphs.naming", "300", "--data.glyphs.episodes", "600", "--episodes", "12"),
+    *("--data.sources.episodes.start_step", "4", "--optimizer.warmup_steps", "4", "--tracking.mode", "disabled"),
+]
 
 
 def quickstart(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,14 +43,16 @@ def test_train_save_load_evaluate(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert {"seed", "seconds", "tasks", "controls", "chance"} <= set(summary)
     assert set(summary["seconds"]) == {"shards", "pretraining", "evaluation", "report"}
-    assert set(summary["tasks"]["glyphs_5way"]) == {"0", "1", "2", "4", "8"} and set(summary["tasks"]["naming"]) == {"0"}
+    assert set(summary["tasks"]["glyphs_5way"]) == {"0", "1", "2", "4", "8"} and set(summary["tasks"]["naming"]) == {
+        "0"
+    }
     assert summary["chance"]["digits_5way"] == pytest.approx(0.2)
     episode_tasks = {"glyphs_5way", "glyphs_2way", "digits_5way", "digits_2way"}
     assert len(summary["controls"]) == 4 and all(episode_tasks <= set(tasks) for tasks in summary["controls"].values())
     FlamingoForConditionalGeneration.from_pretrained(run / "model")
     report = (run / "report.html").read_text()
     assert report.count("data:image/png;base64") >= 12 and "http" + "://" not in report.replace("http://www.w3.org", "")
-    assert not [path for path in run.rglob("*unfinished*")]
+    assert not list(run.rglob("*unfinished*"))
 
 
 def test_running_again_keeps_what_is_there(run: Path) -> None:
@@ -66,5 +70,7 @@ def test_running_again_keeps_what_is_there(run: Path) -> None:
 def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
     """Catches a traceback where a user mistypes."""
     done = quickstart(tmp_path / "x", "--stepz", "3")
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "stepz" in done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "stepz" in done.stderr
+    )
     assert "Traceback" not in done.stderr and not (tmp_path / "x").exists()
