@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_shards.glyphs.pictures import PictureKey, load_world, process_map
+from data_shards.glyphs.pictures import POSITIONS, STYLES, PictureKey, load_world, process_map
 from data_shards.glyphs.words import NAMING_TEMPLATES, fixed_names, fresh_names
 from data_shards.shards import ShardAccount, ShardWriter, write_index
 from flamingo.document import Document, Image, Segment, Text
@@ -26,9 +26,9 @@ from flamingo.errors import FlamingoError
 
 VARIANTS = 48  # pictures of a class in the pool
 PLAIN_NAME_SHARE = 0.95  # share of episodes that use the evaluation's own template: the name and nothing else
-WAYS = (2, 3, 4, 5)
-PICTURES = (5, 9)  # pictures of an episode, at least and at most
-TOKENS = 40  # of a document, about
+WAYS = (3, 9)  # classes of an episode, at least and at most
+PICTURES = (12, 18)  # pictures of an episode, at least and at most
+TOKENS = 60  # of a document with much text, about
 PART = 2000  # documents of a shard
 
 OPENINGS = ("here are some pictures.", "some signs and their names.", "look at these.", "a list of glyphs.")
@@ -43,7 +43,8 @@ class PicturePool:
 
     def __getitem__(self, key: tuple[int, int]) -> bytes:
         if key not in self._pictures:
-            self._pictures[key] = load_world().png(*key, self.seed)
+            picture = pool_key(*key, self.seed)
+            self._pictures[key] = load_world().pngs([picture])[0]
         return self._pictures[key]
 
     def fill(self, class_ids: Sequence[int], processes: int, in_processes: Callable[..., list[Any]]) -> None:
@@ -53,8 +54,20 @@ class PicturePool:
             self._pictures.update(part)
 
 
+def pool_key(class_id: int, variant: int, seed: int) -> PictureKey:
+    """Which picture is a variant of a class: two of three are plain, the third has a style, a position, or both.
+
+    The tower knows the train classes; the stranger pictures make them about as hard to tell apart as unknown classes.
+    """
+    rng = random.Random(f"pool/{seed}/{class_id}/{variant}")
+    kind = rng.random() if variant % 3 == 2 else 1.0
+    style = rng.choice((*STYLES, "coarse")) if kind < 0.8 else None
+    position = rng.choice(POSITIONS) if 0.7 < kind < 1.0 else None
+    return PictureKey(class_id, variant, seed, style, position)
+
+
 def _draw_classes(class_ids: Sequence[int], variants: int, seed: int) -> dict[tuple[int, int], bytes]:
-    keys = [PictureKey(class_id, variant, seed) for class_id in class_ids for variant in range(variants)]
+    keys = [pool_key(class_id, variant, seed) for class_id in class_ids for variant in range(variants)]
     return {(key.class_id, key.variant): png for key, png in zip(keys, load_world().pngs(keys), strict=True)}
 
 
@@ -99,7 +112,7 @@ def _pictures_with(template: str) -> int:
 
 
 def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
-    """Documents number `start` to `start + count − 1` of one to six pictures of known classes, named by sentences.
+    """Documents number `start` to `start + count − 1` of one to twelve pictures of known classes, named by sentences.
 
     Each class goes by its fixed name. Their source is "naming"; metadata: classes, variants, names (one a picture).
     """
@@ -112,13 +125,13 @@ def naming_documents(count: int, seed: int, start: int = 0, pool: PicturePool | 
         if rng.random() < 0.15:
             chunks.append((None, rng.choice(OPENINGS)))
         template = NAMING_TEMPLATES[0] if rng.random() < 0.5 else rng.choice(NAMING_TEMPLATES)
-        for class_id in rng.choices(known, k=min(rng.randint(1, 6), _pictures_with(template))):
+        for class_id in rng.choices(known, k=min(rng.randint(1, 12), _pictures_with(template))):
             chunks.append((class_id, template.format(name=names[class_id])))
         yield _document("naming", number, chunks, names, pool, rng, names_are_known=True)
 
 
 def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool | None = None) -> Iterator[Document]:
-    """Documents number `start` to `start + count − 1` of five to nine pictures of two to five train classes.
+    """Documents number `start` to `start + count − 1` of up to 18 pictures of three to nine train classes.
 
     The names are drawn anew for each document, one template is kept throughout it, and the last picture's class has
     occurred before. Their source is "episodes"; metadata: classes, variants, names (one a picture).
@@ -128,9 +141,9 @@ def episode_documents(count: int, seed: int, start: int = 0, pool: PicturePool |
     for number in range(start, start + count):
         rng = random.Random(f"episodes/{seed}/{number}")
         template = NAMING_TEMPLATES[0] if rng.random() < PLAIN_NAME_SHARE else rng.choice(NAMING_TEMPLATES)
-        fewest, most = PICTURES
-        length = rng.randint(fewest, max(fewest, min(most, _pictures_with(template))))
-        ways = rng.choice([way for way in WAYS if way < length])
+        most = min(PICTURES[1], max(_pictures_with(template), WAYS[0] + 1))
+        length = rng.randint(min(PICTURES[0], most), most)
+        ways = rng.randint(WAYS[0], min(WAYS[1], length - 1))
         ids = rng.sample(train, ways)
         names = dict(zip(ids, fresh_names(rng, ways), strict=True))
         shown = ids + rng.choices(ids, k=length - ways - 1)

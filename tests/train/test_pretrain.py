@@ -178,7 +178,7 @@ def test_a_recipe_is_checked_and_overridden() -> None:
         default=packaged(EMBEDDED),
     )  # fmt: skip
     assert (recipe.steps, recipe.model.train_new_tokens, recipe.data.sources["naming"].share) == (7, False, 2.0)
-    assert recipe.data.sources["episodes"].start_step == 100
+    assert recipe.data.sources["episodes"].start_step == 150
     with pytest.raises(FlamingoError, match="--data.nope"):
         from_command_line(Recipe, ["--data.nope", "1"])
     with pytest.raises(FlamingoError, match="no/such.yaml"):
