@@ -22,7 +22,7 @@ install: $(STAMP) ## Make .venv and install everything (once, and again when the
 # The stamp is written last: an installation cut short is taken up again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	@echo "installing into $(VENV), about 200 MB, one to two minutes"
+	@echo "installing into $(VENV): one to two minutes, and what your pip downloads for torch"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'

@@ -27,11 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seed 0 alone, a few steps: shows that it runs")
     parser.add_argument("--json", help="where to keep the results")
-    parser.add_argument("--out", default="runs/seeds", help="folder of the runs; finished ones are kept")
+    parser.add_argument("--out", default="runs/seeds", help="folder of the runs; must not hold any")
     options = parser.parse_args()
     summaries = {}
     for seed in (0,) if options.quick else (0, 1, 2):
         out = Path(options.out, "quick" if options.quick else str(seed))
+        if (out / "summary.json").exists():
+            parser.error(f"--out: {out} holds an earlier run, whose figures may be another commit's")
         command = [sys.executable, "-m", "train.quickstart", "--seed", str(seed), "--out", str(out)]
         subprocess.run([*command, *(SMALL if options.quick else [])], check=True)
         summaries[seed] = json.loads((out / "summary.json").read_text())

@@ -78,17 +78,24 @@ def rank_batches(
         for step in range(start_step, start_step + steps)
         for number in range(rank, per_step, world)
     ]
-    return iter(
-        DataLoader(
-            data,
-            batch_size=None,
-            sampler=mine,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
-        )
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=mine,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
     )
+    return _with_plain_errors(loader)
+
+
+def _with_plain_errors(loader: DataLoader[BatchFeature]) -> Iterator[BatchFeature]:
+    """The loader's batches; an error of a worker comes as it was raised, not wrapped into its traceback."""
+    try:
+        yield from loader
+    except FlamingoError as error:
+        raise FlamingoError(str(error).rpartition("FlamingoError: ")[2]) from None
 
 
 def _one_thread(worker: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,10 @@ class ShuffledOrder:
         self.samples = int(self.sizes.sum())
         self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
         self._block = lru_cache(maxsize=2)(self._shuffle_block)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers get the arguments; caches stay here."""
+        return partial(ShuffledOrder, block=self.block), (self.sizes.tolist(), self.seed)
 
     def __call__(self, position: int) -> Place:
         """The sample at a position ≥ 0."""
@@ -74,7 +79,7 @@ class MixtureOrder:
     BLOCK = 1000
 
     def __init__(self, shares: Sequence[float], seed: int, starts: Sequence[int] | None = None):
-        self.seed = seed
+        self.seed, self._arguments = seed, (list(shares), seed, starts)
         starts = list(starts) if starts is not None else [0] * len(shares)
         if min(starts, default=1) != 0:
             raise FlamingoError(f"sources start at {starts}: expected at least one that starts at 0")
@@ -91,6 +96,10 @@ class MixtureOrder:
             length = self._begins[phase] - self._begins[phase - 1]
             self._used[phase] = self._used[phase - 1] + self._within(phase - 1, length)
         self._block = lru_cache(maxsize=4)(self._shuffle_block)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers get the arguments; caches stay here."""
+        return MixtureOrder, self._arguments
 
     def __call__(self, position: int) -> tuple[int, int]:
         """(source, how many positions before this one were that source's)."""

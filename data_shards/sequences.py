@@ -35,22 +35,25 @@ class Sequences:
         Raises:
             FlamingoError: where no token of it would count in the loss; it names the document.
         """
-        windowed = self._window(document, generator)
-        encoding = self._cut(self.processor.encode(windowed, eos=windowed.segments[-1:] == document.segments[-1:]))
+        windowed, reaches_end = self._window(document, generator)
+        encoding = self._cut(self.processor.encode(windowed, eos=reaches_end))
         if all(label == IGNORED for label in encoding.labels):
             raise FlamingoError(f"document {document.key or '?'}: no token of its sequence counts in the loss")
         return encoding
 
-    def _window(self, document: Document, generator: np.random.Generator) -> Document:
-        """At most `max_media` media in a row, each with the text up to the next; which ones is drawn."""
+    def _window(self, document: Document, generator: np.random.Generator) -> tuple[Document, bool]:
+        """At most `max_media` media in a row, each with the text up to the next; which ones is drawn.
+
+        With it comes whether the window reaches the end of the document.
+        """
         at = [i for i, segment in enumerate(document.segments) if not isinstance(segment, Text)]
         surplus = len(at) - self.max_media
         if surplus <= 0:
-            return document
+            return document, True
         first = int(generator.integers(surplus + 1))
         begin = 0 if first == 0 else at[first]
         end = at[first + self.max_media] if first < surplus else len(document.segments)
-        return replace(document, segments=document.segments[begin:end])
+        return replace(document, segments=document.segments[begin:end]), first == surplus
 
     def _cut(self, encoding: Encoding) -> Encoding:
         """The first `max_tokens` tokens, and the media whose `<image>` is among them."""

@@ -23,6 +23,7 @@ from webdataset import TarWriter
 
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
+from flamingo.files import sha256, write_text
 
 INDEX = "index.json"
 FORMAT = 1
@@ -38,8 +39,7 @@ def to_sample(document: Document) -> dict[str, Any]:
     members: dict[str, Any] = {}
 
     def member(image: Image) -> str:
-        suffix = image.name.rpartition(".")[2].lower() or "bin"
-        name = f"{len(members)}.{suffix}"
+        name = f"{len(members)}{Path(image.name).suffix.lower() or '.bin'}"
         members[name] = image.data
         return name
 
@@ -106,7 +106,7 @@ def write_shards(
     max_samples: int = 2000,
     max_bytes: int = 256 << 20,
 ) -> ShardAccount:
-    """Write documents as `{folder}/{prefix}-00000.tar`, … and add them to the folder's index.
+    """Write documents as `{folder}/{prefix}-00000.tar`, …, and the folder's index of them.
 
     A shard is bounded by samples and by bytes. It gets its name only when it is whole, and the index is written
     last: a folder without one is not finished.
@@ -115,9 +115,13 @@ def write_shards(
         FlamingoError: on a key with dots or slashes, or one that occurs twice in a shard.
     """
     shards = ShardWriter(folder, prefix, max_samples, max_bytes)
-    for document in documents:
-        shards.write(document)
-    shards.close()
+    try:
+        for document in documents:
+            shards.write(document)
+        shards.close()
+    except BaseException:
+        shards.abandon()
+        raise
     write_index(folder, shards.entries)
     return shards.account
 
@@ -167,6 +171,13 @@ class ShardWriter:
         self.account.bytes += size
         self._tar, self._offsets, self._keys = None, [], set()
 
+    def abandon(self) -> None:
+        """Throw the open shard away; finished ones stay, without an index."""
+        if self._tar is not None:
+            self._tar.close()
+            self._unfinished.unlink()
+            self._tar = None
+
     @property
     def _name(self) -> str:
         return f"{self.prefix}-{len(self.entries):05d}.tar"
@@ -185,19 +196,10 @@ def offsets_path(shard: Path) -> Path:
     return shard.with_suffix(".offsets.npy")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_index(folder: str | Path, entries: Iterable[dict[str, Any]]) -> None:
     """Write `index.json` of finished shards, in the order of their names."""
-    path = Path(folder) / INDEX
-    unfinished = path.with_name(f".{INDEX}.unfinished")
     content = {"format": FORMAT, "shards": sorted(entries, key=lambda entry: entry["file"])}
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write_text(Path(folder) / INDEX, json.dumps(content, indent=1) + "\n")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -220,6 +222,10 @@ class Shard:
     @cached_property
     def _file(self) -> io.FileIO:
         return io.FileIO(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file, for workers."""
+        return {name: value for name, value in vars(self).items() if name not in ("_file", "offsets")}
 
     def read(self, index: int) -> Document:
         """The document of sample `index`.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,6 +24,7 @@ from transformers import (
 
 from flamingo.configuration import FlamingoConfig
 from flamingo.errors import FlamingoError
+from flamingo.files import sha256
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import END_OF_CHUNK, IMAGE_TOKEN, FlamingoProcessor
 
@@ -66,18 +71,44 @@ def from_backbones(
         dtype: of the backbones.
         options: fields of `FlamingoConfig`, such as `cross_attention_every`.
 
+    Raises:
+        FlamingoError: where a backbone cannot be loaded; it names the backbone.
+
     Returns:
         The model, whose backbones are frozen unless the options say otherwise, and its processor.
     """
     vision, language = backbone_path(vision), backbone_path(language)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    vision_config = AutoConfig.from_pretrained(vision, **common)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype, **common)
-    lm = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, **common)
-    tokenizer = AutoTokenizer.from_pretrained(language, **common)
-    image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **common)
+    with _loading(vision):
+        vision_config = AutoConfig.from_pretrained(vision, **common)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype, **common)
+        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **common)
+    with _loading(language):
+        lm = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, **common)
+        tokenizer = AutoTokenizer.from_pretrained(language, **common)
     return assemble(tower, lm, image_processor, tokenizer, **options)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Errors of transformers as one that names the backbone."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise FlamingoError(f"{name}: cannot be loaded as a backbone: {error}") from error
+
+
+def backbone_identity(name: str | Path) -> str:
+    """What tells one backbone from another: SHA-256 over the weights, configuration and tokenizer of its folder.
+
+    Of a hub id it is the id itself.
+    """
+    path = Path(backbone_path(name))
+    if not path.is_dir():
+        return str(name)
+    files = sorted(file for suffix in ("safetensors", "bin", "json") for file in path.glob(f"*.{suffix}"))
+    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def assemble(

@@ -1,11 +1,25 @@
-"""The one error that users are meant to read, and how a command line shows it."""
+"""The one error that users are meant to read, and how command lines read their words and show it."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+
+def plain_options(arguments: Sequence[str]) -> list[str]:
+    """Command-line words as jsonargparse wants them: `--from-scratch` is `--from_scratch`, and alone it means true."""
+    plain = []
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if word.startswith("--") and word != "--":
+            name, equals, value = word.partition("=")
+            alone = (
+                not equals and following.startswith("--") and name not in ("--help", "--print-config", "--print_config")
+            )
+            word = "--" + name[2:].replace("-", "_") + (f"={value}" if equals else "=true" if alone else "")
+        plain.append(word)
+    return plain
 
 
 class FlamingoError(ValueError):

@@ -50,18 +50,23 @@ class PixelSettings:
         target = crop or size
         if "height" not in target and shortest is not None:
             target = {"height": shortest, "width": shortest}
+        if setting("do_resize") is False:
+            raise FlamingoError("image processor with do_resize=False: expected one that brings images to one size")
         if "height" not in target:
             raise FlamingoError(f"image processor with size={size}: expected height and width, or shortest_edge")
         if channels not in (1, 3):
             raise FlamingoError(f"vision tower of {channels} channels: expected 1 (grey) or 3 (RGB)")
-        mode = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(int(setting("resample") or 3), "bicubic")
+        resample = 3 if setting("resample") is None else int(setting("resample"))
+        modes = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+        if resample not in modes:
+            raise FlamingoError(f"image processor with resample={resample}: expected nearest, bilinear or bicubic")
         normalise = setting("do_normalize") is not False
         return PixelSettings(
             channels=channels,
             height=target["height"],
             width=target["width"],
-            shortest_edge=shortest if setting("do_resize") is not False else None,
-            mode=mode,
+            shortest_edge=shortest,
+            mode=modes[resample],
             rescale=float(setting("rescale_factor") or 1 / 255) if setting("do_rescale") is not False else 1.0,
             mean=_per_channel(setting("image_mean"), channels, 0.0) if normalise else (0.0,) * channels,
             std=_per_channel(setting("image_std"), channels, 1.0) if normalise else (1.0,) * channels,
@@ -96,7 +101,7 @@ def resize(pixels: Tensor, settings: PixelSettings) -> Tensor:
     height, width = settings.height, settings.width
     if settings.shortest_edge is not None:
         scale = settings.shortest_edge / min(pixels.shape[2:])
-        height, width = (max(1, round(edge * scale)) for edge in pixels.shape[2:])
+        height, width = (max(1, int(edge * scale + 1e-6)) for edge in pixels.shape[2:])  # as transformers truncates
     if pixels.shape[2:] != (height, width):
         pixels = interpolate(pixels, (height, width), mode=settings.mode, antialias=settings.mode != "nearest")
     top, left = (height - settings.height) // 2, (width - settings.width) // 2

@@ -29,10 +29,8 @@ from flamingo.configuration import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttention
 from flamingo.errors import FlamingoError
 from flamingo.media import MediaMemory, MediaSlots, visible_media
+from flamingo.processing import IGNORED
 from flamingo.resampler import PerceiverResampler
-
-IGNORED = -100
-"""Label of a position that does not count in the loss (PyTorch's `ignore_index`)."""
 
 
 @dataclass
@@ -135,7 +133,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             layers[k].register_forward_pre_hook(_LayerHook(self, block), with_kwargs=True)
         head.register_forward_pre_hook(_SelectPositions(self))
         head.register_forward_hook(_AppendNewTokens(self))
-        self._lm_takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
         self.prepare_backbones()
 
@@ -333,7 +331,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         slots = MediaSlots.of(media_per_sample)
         visible = slots.visible(media_first, media_last, media_memory.keys[0].shape[1])
         if position_ids is not None:
-            if not self._lm_takes_positions:
+            if not self.takes_positions:
                 raise FlamingoError(f"position_ids: {type(self.language_model).__name__} does not take them")
             kwargs["position_ids"] = position_ids
         self._conditioning = _Conditioning(media_memory, slots, visible, positions)
@@ -402,7 +400,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)
         length = prepared["input_ids"].shape[1]
         prepared["media_first"], prepared["media_last"] = first[:, -length:], last[:, -length:]
-        if not self._lm_takes_positions:
+        if not self.takes_positions:
             prepared.pop("position_ids", None)
         return prepared
 

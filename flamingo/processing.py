@@ -22,6 +22,7 @@ from flamingo.images import PixelSettings, media_pixels
 IMAGE_TOKEN = "<image>"
 END_OF_CHUNK = "<|endofchunk|>"
 IGNORED = -100
+"""Label of a position that does not count in the loss (PyTorch's `ignore_index`)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class FlamingoProcessor(ProcessorMixin):
 
         Args:
             bos: put the tokenizer's beginning-of-sequence token first, where it has one.
-            eos: put its end-of-sequence token last, supervised (training).
+            eos: put its end-of-sequence token last, supervised where other tokens are (training).
 
         Raises:
             FlamingoError: where text holds `<image>` itself, so that marks and media differ in number.
@@ -131,7 +132,9 @@ class FlamingoProcessor(ProcessorMixin):
         if bos and self.tokenizer.bos_token_id is not None:
             input_ids, labels = [self.tokenizer.bos_token_id, *input_ids], [IGNORED, *labels]
         if eos and self.tokenizer.eos_token_id is not None:
-            input_ids, labels = [*input_ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
+            end = self.tokenizer.eos_token_id
+            supervised = any(label != IGNORED for label in labels)  # the end alone is nothing to learn from
+            input_ids, labels = [*input_ids, end], [*labels, end if supervised else IGNORED]
         return Encoding(input_ids, labels, media, text)
 
     def pixels(self, media: Sequence[Medium]) -> Tensor:

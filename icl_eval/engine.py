@@ -121,7 +121,9 @@ class MediaStore:
             raise FlamingoError(f"media memory holds {self.capacity} pictures, but a query alone needs {len(wanted)}")
         if len(self.slots) + len(missing) > self.capacity:
             kept = [name for name in self.slots if name in wanted]
-            self.memory = self.memory.select(torch.tensor([self.slots[name] for name in kept], dtype=torch.long))
+            self.memory = self.memory.select(
+                torch.tensor([self.slots[name] for name in kept], dtype=torch.long, device=self.model.device)
+            )
             self.slots = {name: slot for slot, name in enumerate(kept)}
         parts, waiting = [self.memory], list(missing.items())
         for start in range(0, len(waiting), ENCODED_AT_ONCE):
@@ -383,7 +385,7 @@ class Engine:
             prefix.padding = torch.cat((prefix.padding, torch.ones_like(ids)), dim=1)
         if prefix.padding is not None:
             mask = prefix.padding
-            if self.model._lm_takes_positions:
+            if self.model.takes_positions:
                 positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self.model(
             input_ids=ids,

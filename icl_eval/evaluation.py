@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 
 from flamingo.errors import FlamingoError
+from flamingo.files import whole, write_text
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Episode, check_shots, draw_episode
@@ -133,7 +134,7 @@ class Results:
         """Write `results.json` and `predictions.jsonl`, a line for each outcome; returns the former's path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as lines:
+        with whole(folder / "predictions.jsonl") as unfinished, unfinished.open("w", encoding="utf-8") as lines:
             for cell in self.cells:
                 about = {"task": cell.task, "shots": cell.shots, "control": cell.control}
                 for outcome in cell.outcomes:
@@ -141,7 +142,7 @@ class Results:
                     line = {**about, **vars(outcome), "scores": scores}
                     lines.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         path = folder / "results.json"
-        path.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
         return path
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from flamingo.files import write_text
 from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
 from icl_eval.evaluation import Cell, Outcome, Results
@@ -103,7 +104,7 @@ def write_report(
         folded=folded,
     )
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import distributed
 from transformers.utils import logging as transformers_logging
 
-from flamingo.errors import FlamingoError, command_line
+from flamingo.errors import FlamingoError, command_line, plain_options
+from flamingo.files import sha256
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
 from icl_eval.evaluation import Cell, Results, evaluate
 from icl_eval.tasks import available, load_task
@@ -65,15 +65,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
     parser = ArgumentParser(
         prog="flamingo-eval", description="Score a Flamingo on few-shot tasks.", exit_on_error=False, allow_abbrev=False
     )
-    parser.add_class_arguments(Options, skip={"controls"})
-    flag = "also run the controls, under which scores must fall to chance"
-    parser.add_argument("--controls", action=ActionYesNo, default=False, help=flag)
+    parser.add_class_arguments(Options)
     known = ", ".join(available())
     parser.add_argument("--task", action="append", help=f"name or YAML file, may be repeated; known: {known}")
-    given = sys.argv[1:] if arguments is None else arguments
-    spelled = [re.sub(r"^--[a-z-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in given]
     try:
-        parsed = parser.parse_args(spelled)
+        parsed = parser.parse_args(plain_options(sys.argv[1:] if arguments is None else arguments))
     except ArgumentError as error:
         raise FlamingoError(str(error)) from None
     names = [name for each in parsed.pop("task") or [] for name in each.split(",") if name]
@@ -110,20 +106,20 @@ def load(folder: str, device: str) -> tuple[Any, Any]:
     if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         raise FlamingoError(f"--model {folder}: no weights (model.safetensors) in this folder")
     try:
-        model = FlamingoForConditionalGeneration.from_pretrained(folder)
+        model, found = FlamingoForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
         processor = FlamingoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FlamingoError(f"--model {folder}: not loadable as a Flamingo: {error}") from None
-    return model.to(device), processor
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            raise FlamingoError(f"--model {folder}: {kind.replace('_', ' ')} in its weights: {sorted(found[kind])[:3]}")
+    return model.eval().to(device), processor
 
 
 def identity(folder: str) -> dict[str, Any]:
     """What tells one saved model from another: SHA-256 of its weights, and the recipe where one is kept with it."""
     path = Path(folder)
-    files = {}
-    for file in sorted(file for pattern in WEIGHTS for file in path.glob(pattern)):
-        with file.open("rb") as content:
-            files[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    files = {file.name: sha256(file) for pattern in WEIGHTS for file in sorted(path.glob(pattern))}
     recipes = [place / name for place in (path, path.parent) for name in ("recipe.yaml", "recipe.json")]
     recipe = next((file for file in recipes if file.is_file()), None)
     return {

@@ -82,8 +82,12 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
-        found = sorted((self.folder / "checkpoints").glob("step-*/run.json"))
-        return found[-1].parent if found else None
+        complete = [path for path in self._all() if (path / "run.json").exists()]
+        return complete[-1] if complete else None
+
+    def _all(self) -> list[Path]:
+        """All checkpoints by step."""
+        return sorted((self.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint of `state.step`; all processes call this."""
@@ -99,7 +103,7 @@ class Checkpoints:
             (unfinished / "run.json").write_text(json.dumps(record, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
-            for old in sorted((self.folder / "checkpoints").glob("step-*"))[: -self.keep]:
+            for old in self._all()[: -self.keep]:
                 shutil.rmtree(old)
         self.processes.wait()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from flamingo.modeling import IGNORED
+from flamingo.processing import IGNORED
 from train.checkpoint import Checkpoints, TrainingState
 from train.parallel import Processes, without_synchronisation
 from train.progress import Progress
@@ -39,11 +39,12 @@ def run(
     for step in range(state.step + 1, recipe.steps + 1):
         micro_batches = fetch(batches, accumulation, meter)
         accumulate_gradients(model, micro_batches, weights, processes, meter)
+        rates = {group["name"]: float(group["lr"]) for group in state.optimizer.param_groups}
         norm = update_parameters(state, recipe.optimizer.clip)
         state.step = step
-        progress.update(step, meter.loss, float(state.schedule.get_last_lr()[0]), meter.rates())
+        progress.update(step, meter.loss, rates["plain"], meter.rates())
         if due(step, recipe.tracking.log_every, recipe.steps):
-            tracker.log(step, meter.report(state, norm, step * recipe.batch))
+            tracker.log(step, meter.report(state, norm, rates, step * recipe.batch))
         if due(step, recipe.save_every, recipe.steps):
             checkpoints.save(state)
 
@@ -146,7 +147,9 @@ class Meter:
             "data_wait_share": self._seen["waited"] / seconds,
         }
 
-    def report(self, state: TrainingState, norm: Tensor, samples: int) -> dict[str, float]:
+    def report(
+        self, state: TrainingState, norm: Tensor, learning_rates: dict[str, float], samples: int
+    ) -> dict[str, float]:
         """One row of the log, over the steps since the last row; starts the next. All processes call this."""
         losses = self.processes.sum(self._losses.clone())
         mean = (losses / self._tokens.clamp(min=1)).tolist()
@@ -158,7 +161,7 @@ class Meter:
                 if tokens
             },
             "gradient_norm": float(norm),
-            **{f"learning_rate/{group['name']}": group["lr"] for group in state.optimizer.param_groups},
+            **{f"learning_rate/{group}": rate for group, rate in learning_rates.items()},
             **{f"gate/{name}": float(value) for name, value in state.model.gates().items()},
             **self.rates(),
             "samples": float(samples),

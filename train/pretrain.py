@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,9 @@ from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
 from data_shards.shards import open_shards
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
+from flamingo.backbones import backbone_identity
 from flamingo.errors import FlamingoError, command_line
+from flamingo.files import whole, write_text
 from train import loop
 from train.checkpoint import Checkpoints, TrainingState
 from train.optim import build_optimizer, build_schedule
@@ -31,7 +31,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     Raises:
         FlamingoError: where shards, backbones or the recipe are not as expected.
     """
-    recipe.check()
+    recipe.check(processes.world)
     if recipe.data.glyphs is not None:
         make_glyphs(recipe, processes)
     sources = [
@@ -72,7 +72,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
             state.run_id = tracker.run_id
             loop.run(recipe, state, processes.replicate(model), batches, checkpoints, tracker, progress, processes)
     if processes.is_main:
-        save_model(model, processor, out / "model")
+        save_model(model, processor, recipe, out / "model")
     processes.wait()
     return out / "model"
 
@@ -82,7 +82,9 @@ def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, Flami
     options = dict(vars(recipe.model))
     train_new_tokens = options.pop("train_new_tokens")
     model, processor = from_backbones(dtype=torch.float32, **options)
-    model.new_input_rows.requires_grad_(train_new_tokens)
+    for rows in (model.new_input_rows, model.new_output_rows):
+        if rows is not None:
+            rows.requires_grad_(train_new_tokens)
     return model, processor
 
 
@@ -118,25 +120,19 @@ def identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
         for (name, source), opened in zip(data["sources"].items(), sources, strict=True)
     }
     kept = {key: described[key] for key in ("seed", "steps", "batch", "micro_batch", "model", "optimizer")}
+    kept["backbones"] = {part: backbone_identity(kept["model"][part]) for part in ("vision", "language")}
     limits = {"max_tokens": data["max_tokens"], "max_media": data["max_media"]}
     return json.loads(json.dumps({**kept, **limits, "sources": mixture}))  # as it will be read back
 
 
-def save_model(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
-    """Write a `from_pretrained` folder, whole or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+def save_model(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, folder: Path
+) -> None:
+    """Write a `from_pretrained` folder with the recipe beside the weights, whole or not at all."""
+    with whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        write_text(unfinished / "recipe.json", json.dumps(recipe.as_dict(), indent=1) + "\n")
 
 
 @command_line

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+from rich import get_console
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -45,7 +46,7 @@ class Progress:
         every_seconds: float = PLAIN_SECONDS,
     ) -> None:
         self._total, self._start, self._enabled, self._every = total, start, enabled, every_seconds
-        self._console = console or Console()
+        self._console = console or get_console()
         self._began = self._printed = time.monotonic()
         self._bar: RichProgress | None = None
 
@@ -141,7 +142,7 @@ class Stages:
     def __init__(self, names: list[str], *, enabled: bool = True, console: Console | None = None) -> None:
         self._stages = {name: _Stage(name) for name in names}
         self._enabled = enabled
-        self._console = console or Console()
+        self._console = console or get_console()
         self._running: _Stage | None = None
         self._noted = 0.0
         self._live: Live | None = None

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,22 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich import get_console
 from transformers.utils import logging
 
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.errors import command_line
+from flamingo.errors import FlamingoError, command_line
+from flamingo.files import write_text
 from icl_eval.diagnostics import CONTROLS
 from icl_eval.evaluation import Results, evaluate, summary
 from icl_eval.report import write_report
 from icl_eval.run import identity as model_identity
-from icl_eval.run import table
+from icl_eval.run import load, table
 from icl_eval.tasks import load_task
 from train.parallel import Processes, processes
-from train.pretrain import make_glyphs, pretrain, write_text
+from train.pretrain import make_glyphs, pretrain
 from train.progress import Stages
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
-from train.tracking import METRICS_FILE
+from train.tracking import METRICS_FILE, read_rows
 
 TASKS = ("glyphs_5way", "glyphs_2way", "scripts_5way", "digits_5way", "digits_2way", "naming")
 STAGES = ("backbones", "shards", "pretraining", "evaluation", "report")
@@ -54,6 +55,13 @@ class Quickstart(Recipe):
     eval_batch: int = 128
     """queries that are evaluated at once; scores do not depend on it"""
 
+    def check(self, processes: int = 1) -> None:
+        """As `Recipe.check`, for what the quickstart adds too."""
+        super().check(processes)
+        for name in ("episodes", "processes", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise FlamingoError(f"{name}={getattr(self, name)}: expected a positive number")
+
 
 def quickstart(recipe: Quickstart, group: Processes) -> None:
     """Run all stages; every process of the group calls this."""
@@ -62,36 +70,35 @@ def quickstart(recipe: Quickstart, group: Processes) -> None:
     with Stages(names, enabled=group.is_main) as stages:
         if recipe.from_scratch:
             recipe = with_own_backbones(recipe, stages, group)
-        with stages.run("shards"):
+        with timed(stages, "shards", out, group):
             account = make_glyphs(recipe, group)
             stages.note(str(recipe.path("{out}/shards")))
-        with stages.run("pretraining"):
+        with timed(stages, "pretraining", out, group):
             model_folder = pretrain(recipe, group)
             stages.note(str(model_folder))
         if is_evaluated(out, model_folder, recipe):
             stages.keep("evaluation", str(out / "results.json"))
             stages.keep("report", str(out / "report.html"))
             return
-        with stages.run("evaluation"):
-            results = score(recipe, model_folder, stages)
+        with timed(stages, "evaluation", out, group, anew=True):
+            results = score(recipe, model_folder, stages, group)
         if not group.is_main:
             return
         results.save(out)
-        seconds = total_seconds(out, stages)
-        with stages.run("report"):
+        with timed(stages, "report", out, group, anew=True):
             write_report(
                 out / "report.html",
                 results=results,
-                training_log=[json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()],
+                training_log=read_rows(out / METRICS_FILE),
                 account=account,
-                timings=seconds,
+                timings=read_seconds(out),
                 title=f"Quickstart, seed {recipe.seed}",
                 facts={"recipe": recipe.as_dict()},
             )
-        found = {"seed": recipe.seed, "episodes": recipe.episodes, "seconds": total_seconds(out, stages)}
+        found = {"seed": recipe.seed, "episodes": recipe.episodes, "seconds": read_seconds(out)}
         model = results.facts["model"]["sha256"]
         write_text(out / "summary.json", json.dumps({**found, **summary(results), "model": model}, indent=1) + "\n")
-    Console().print(table(results))
+    get_console().print(table(results))
 
 
 @contextmanager
@@ -100,8 +107,12 @@ def helpers(recipe: Quickstart) -> Iterator[None]:
 
     On a laptop one process a core is twice as fast as one process with as many threads: the layers are too small to be
     shared out. torchrun would do the same, but would bury a one-line error under its own.
+
+    Raises:
+        FlamingoError: where another rank failed; it names its log.
     """
-    world = min(recipe.processes, len(os.sched_getaffinity(0)), recipe.batch // recipe.micro_batch)
+    places = torch.cuda.device_count() if torch.cuda.is_available() else cores()
+    world = min(recipe.processes, places, recipe.batch // recipe.micro_batch)
     if "RANK" in os.environ or world < 2:
         yield
         return
@@ -111,19 +122,34 @@ def helpers(recipe: Quickstart) -> Iterator[None]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0")
     torch.set_num_threads(1)
     command = [sys.executable, "-m", "train.quickstart", *sys.argv[1:]]
-    others = []
+    others = {}
     for rank in range(1, world):
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        with Path(recipe.out, f"rank{rank}.log").open("w") as log:
-            others.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        log = Path(recipe.out, f"rank{rank}.log")
+        with log.open("w") as file:
+            others[log] = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
         yield
-    except BaseException:
-        for other in others:
-            other.terminate()
+        for other in others.values():
+            other.wait(timeout=60)
+    except Exception as error:
+        for log, other in others.items():
+            if other.poll():  # it failed first: what this rank raised is only what followed
+                last = (log.read_text().strip().splitlines() or ["nothing"])[-1]
+                raise FlamingoError(f"{log}: another process ended with {other.returncode}: {last}") from error
         raise
-    for other in others:
-        other.wait()
+    finally:
+        for log, other in others.items():
+            if other.poll() is None:
+                other.kill()
+                other.wait()
+            if other.returncode == 0:
+                log.unlink(missing_ok=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_room(out: Path, identity: dict[str, Any]) -> None:
@@ -148,7 +174,7 @@ def with_own_backbones(recipe: Quickstart, stages: Stages, group: Processes) -> 
     if (folder / "SHA256SUMS").exists():
         stages.keep("backbones", str(folder))
     else:
-        with stages.run("backbones"):
+        with timed(stages, "backbones", Path(recipe.out), group):
             if group.is_main:
                 make_backbones(folder, seed=recipe.seed)
             group.wait()
@@ -156,10 +182,9 @@ def with_own_backbones(recipe: Quickstart, stages: Stages, group: Processes) -> 
     return replace(recipe, model=own)
 
 
-def score(recipe: Quickstart, model_folder: Path, stages: Stages) -> Results:
+def score(recipe: Quickstart, model_folder: Path, stages: Stages, group: Processes) -> Results:
     """All tasks at all shots, and the controls."""
-    model = FlamingoForConditionalGeneration.from_pretrained(model_folder).eval()
-    processor = FlamingoProcessor.from_pretrained(model_folder)
+    model, processor = load(str(model_folder), str(group.device))
     results = evaluate(
         model,
         processor,
@@ -183,13 +208,25 @@ def is_evaluated(out: Path, model_folder: Path, recipe: Quickstart) -> bool:
     return found["model"] == model_identity(str(model_folder))["sha256"] and found["episodes"] == recipe.episodes
 
 
-def total_seconds(out: Path, stages: Stages) -> dict[str, float]:
-    """Seconds of every stage, those of earlier starts of this run included."""
+@contextmanager
+def timed(stages: Stages, name: str, out: Path, group: Processes, *, anew: bool = False) -> Iterator[None]:
+    """Run a stage and add its seconds to those of earlier starts of this run; `anew`: they begin again."""
+    start = time.monotonic()
+    try:
+        with stages.run(name):
+            yield
+    finally:
+        if group.is_main:
+            seconds = read_seconds(out)
+            before = 0.0 if anew else seconds.get(name, 0.0)
+            seconds[name] = round(before + time.monotonic() - start, 1)
+            write_text(out / "seconds.json", json.dumps(seconds) + "\n")
+
+
+def read_seconds(out: Path) -> dict[str, float]:
+    """Seconds of every stage so far."""
     path = out / "seconds.json"
-    seconds = json.loads(path.read_text()) if path.exists() else {}
-    seconds.update({stage: round(spent, 1) for stage, spent in stages.seconds.items()})
-    write_text(path, json.dumps(seconds) + "\n")
-    return seconds
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 @command_line

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import jsonargparse
 
-from flamingo.errors import FlamingoError
+from flamingo.errors import FlamingoError, plain_options
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -47,7 +47,7 @@ class ModelRecipe:
     media_attention: Literal["previous", "all"] = "previous"
     """which media a text token sees"""
     train_new_tokens: bool = True
-    """whether the embeddings of `<image>` and `<|endofchunk|>` train, where the LM lacks them"""
+    """whether the new rows for `<image>` and `<|endofchunk|>` train, where the LM lacks these tokens"""
     trust_remote_code: bool = False
     """run code that comes with the backbones"""
 
@@ -161,11 +161,21 @@ class Recipe:
         """Plain data, for checkpoints and trackers."""
         return asdict(self)
 
-    def check(self) -> None:
-        """Raise FlamingoError for numbers that cannot be, naming the field."""
-        for name in ("steps", "batch", "micro_batch", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise FlamingoError(f"{name}={getattr(self, name)}: expected a positive number")
+    def check(self, processes: int = 1) -> None:
+        """Raise FlamingoError for numbers that cannot be, naming the field, before anything takes time."""
+        positive = {name: getattr(self, name) for name in ("steps", "batch", "micro_batch", "save_every")}
+        positive["keep_checkpoints"] = self.keep_checkpoints
+        positive["tracking.log_every"] = self.tracking.log_every
+        positive |= {"data.max_tokens": self.data.max_tokens, "data.max_media": self.data.max_media}
+        for name, number in positive.items():
+            if number < 1:
+                raise FlamingoError(f"{name}={number}: expected a positive number")
+        if self.data.workers < 0:
+            raise FlamingoError(f"data.workers={self.data.workers}: expected 0 or more")
+        if self.batch % (self.micro_batch * processes):
+            raise FlamingoError(
+                f"batch={self.batch}: expected a multiple of micro_batch · processes = {self.micro_batch} · {processes}"
+            )
         if not self.data.sources:
             raise FlamingoError("data.sources: expected at least one source")
 
@@ -187,7 +197,7 @@ def from_command_line(
     Raises:
         FlamingoError: for an unknown key, a value of another type, or a missing file: one line that names it.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = plain_options(sys.argv[1:] if arguments is None else arguments)
     own_config = any(argument.partition("=")[0] == "--config" for argument in arguments)
     parser = jsonargparse.ArgumentParser(
         exit_on_error=False,

@@ -20,13 +20,15 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from flamingo.files import write_text
+
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "offline", "online", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
-X_AXES = ("step", "samples", "tokens")
-"""Metrics that others are plotted against: optimizer steps done, sequences seen, tokens seen. W&B plots by samples."""
+X_AXES = ("step", "samples")
+"""Metrics that others are plotted against: optimizer steps done, sequences seen. W&B takes samples first."""
 
 _FLUSH_SECONDS = 0.5
 """W&B's own default is 15 s: a killed run lost all its rows."""
@@ -166,14 +168,15 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     A last line that a kill cut short is ignored. A missing file has no curves.
     """
     curves: dict[str, dict[int, float]] = {}
-    for row in _rows(path):
+    for row in read_rows(path):
         for key, value in row.items():
             if key != "step" and value is not None:
                 curves.setdefault(key, {})[row["step"]] = value
     return {key: sorted(points.items()) for key, points in curves.items()}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, but for a last line that a kill cut short; none of a missing file."""
     if not path.exists():
         return []
     rows = []
@@ -187,13 +190,8 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Rewrite a metrics file without the rows after `step`, at once: a kill leaves the old file or the new one."""
     if not path.exists():
         return
-    kept = [json.dumps(row) + "\n" for row in _rows(path) if row["step"] <= step] if step else []
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step] if step else []
+    write_text(path, "".join(kept))
 
 
 def _is_rank_0() -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -36,8 +35,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_shards.glyphs.pictures import POSITIONS, STYLES, PictureKey, digits, load_world, read_png
-from data_shards.glyphs.words import END_OF_CHUNK, TextWorld, build_tokenizer, fresh_names
+from data_shards.glyphs.words import TextWorld, build_tokenizer, fresh_names
 from flamingo.errors import FlamingoError, command_line
+from flamingo.files import sha256
+from flamingo.processing import END_OF_CHUNK
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -401,6 +402,7 @@ class Journal:
     """Shows progress and keeps a log of it."""
 
     def __init__(self, path: Path, every: int = 50) -> None:
+        from rich import get_console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.every = every
@@ -408,7 +410,7 @@ class Journal:
         self._file = path.open("w", encoding="utf-8")
         self._progress: Progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(), console=get_console(),
         )  # fmt: skip
 
     def __enter__(self) -> Journal:
@@ -452,7 +454,7 @@ class Journal:
 def write_checksums(folder: Path) -> None:
     """SHA256SUMS of every other file beneath the folder, as sha256sum -c reads it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    sums = ((hashlib.sha256(path.read_bytes()).hexdigest(), path.relative_to(folder).as_posix()) for path in files)
+    sums = ((sha256(path), path.relative_to(folder).as_posix()) for path in files)
     lines = [f"{digest}  {name}" for digest, name in sums]
     (folder / CHECKSUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

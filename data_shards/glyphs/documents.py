@@ -222,9 +222,13 @@ def _write_parts(parts: Sequence[Part], folder: Path, pool: PicturePool) -> list
         shards = ShardWriter(folder / part.source, f"{part.source}-from-{part.start:07d}", max_samples=part.count)
         pairs: Counter[tuple[int, str]] = Counter()
         generate = naming_documents if part.source == "naming" else episode_documents
-        for document in generate(part.count, pool.seed, part.start, pool):
-            pairs.update(set(zip(document.metadata["classes"], document.metadata["names"], strict=True)))
-            shards.write(document)
-        shards.close()
+        try:
+            for document in generate(part.count, pool.seed, part.start, pool):
+                pairs.update(set(zip(document.metadata["classes"], document.metadata["names"], strict=True)))
+                shards.write(document)
+            shards.close()
+        except BaseException:
+            shards.abandon()
+            raise
         written.append(WrittenPart(part.source, shards.entries, shards.account, pairs))
     return written

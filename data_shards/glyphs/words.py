@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_shards.glyphs.pictures import POSITIONS, STYLES, WORLD_SEED, load_world
+from flamingo.processing import END_OF_CHUNK
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
-END_OF_CHUNK, ANSWER = "<|endofchunk|>", "<answer>"
+ANSWER = "<answer>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, END_OF_CHUNK, ANSWER)
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
 from data_shards.shards import open_shards, write_shards
 from flamingo import Document, FlamingoError, FlamingoProcessor, Text
-from tests.tiny import document, tiny_flamingo
+from tests.tiny import document, picture, tiny_flamingo
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,23 @@ def test_windows_keep_media_with_their_text(processor: FlamingoProcessor) -> Non
     assert len(texts) == 4
     ends = [sequences(whole, np.random.default_rng(seed)).input_ids[-1] for seed in range(40)]
     assert 0 < ends.count(processor.tokenizer.eos_token_id) < 40
+
+
+def test_only_the_end_of_a_document_is_its_end(processor: FlamingoProcessor) -> None:
+    """Catches a supervised end-of-sequence where a window ends on text that equals the document's last."""
+    repeats = Document(tuple(part for n in range(4) for part in (picture(n), Text("same"))))
+    for seed in range(20):
+        encoding = Sequences(processor, max_media=1)(repeats, np.random.default_rng(seed))
+        at_end = encoding.media[0] == repeats.media[-1]
+        assert (encoding.input_ids[-1] == processor.tokenizer.eos_token_id) == at_end
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path: Path, processor: FlamingoProcessor) -> None:
+    """Catches the worker's whole traceback in the message."""
+    write_shards([Document((Text("x", supervised=False),), "silent")], tmp_path)
+    data = MicroBatches([Source("s", open_shards(tmp_path))], Sequences(processor), micro_batch=1, seed=0)
+    with pytest.raises(FlamingoError, match=r"^document silent: no token of its sequence counts in the loss$"):
+        next(rank_batches(data, batch=1, start_step=0, steps=1, workers=1))
 
 
 def test_long_text_is_cut_with_its_media_and_unsupervised_is_an_error(processor: FlamingoProcessor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import pytest
@@ -32,6 +33,14 @@ def test_a_position_does_not_depend_on_what_was_asked_before() -> None:
     asked = ShuffledOrder(sizes, 3, block=2)
     everything = [asked(n) for n in range(150)]
     assert [ShuffledOrder(sizes, 3, block=2)(n) for n in reversed(range(150))] == everything[::-1]
+
+
+def test_orders_travel_to_workers() -> None:
+    """Catches caches that cannot be pickled, which breaks workers where processes are spawned."""
+    order, mixture = ShuffledOrder([7, 13], 3, block=1), MixtureOrder([1, 3], 2, [0, 9])
+    places, draws = [order(n) for n in range(40)], [mixture(n) for n in range(40)]
+    order, mixture = pickle.loads(pickle.dumps((order, mixture)))
+    assert ([order(n) for n in range(40)], [mixture(n) for n in range(40)]) == (places, draws)
 
 
 def test_epochs_and_seeds_differ_and_reading_stays_local() -> None:

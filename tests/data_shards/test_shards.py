@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from PIL import Image as PilImage
 
 from data_shards.shards import INDEX, ShardWriter, open_shards, write_shards
 from flamingo import Document, FlamingoError, Image, Text, Video
+from flamingo.images import decode
 from tests.tiny import document, picture
 
 
@@ -76,7 +78,7 @@ def test_an_interrupted_write_leaves_no_index(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(stops(), tmp_path, max_samples=4)  # type: ignore[arg-type]
-    assert [path.name for path in tmp_path.glob("*.tar")] == ["shard-00000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-00000.offsets.npy", "shard-00000.tar"]
     with pytest.raises(FlamingoError, match=f"expected an {INDEX}"):
         open_shards(tmp_path)
 
@@ -105,6 +107,22 @@ def test_faults_are_named(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(FlamingoError, match="the shard is missing"):
         open_shards(tmp_path / "good")
+
+
+def test_real_photographs(tmp_path: Path, real_data: Path) -> None:
+    """Catches JPEG files that change on their way through shards, or do not decode."""
+    files = sorted((real_data / "coco_photos" / "images").iterdir())
+    photos = [Image(file.read_bytes(), file.name) for file in files]
+    write_shards(
+        [Document((photo, Text("a photo")), file.stem) for photo, file in zip(photos, files, strict=True)], tmp_path
+    )
+    opened = open_shards(tmp_path)
+    assert len(opened) == len(photos) > 30
+    for number, photo in enumerate(photos):
+        (read,) = opened[number].media
+        assert isinstance(read, Image) and read.data == photo.data
+        with PilImage.open(io.BytesIO(read.data)) as expected:
+            assert decode(read, 3).shape[1:] == (expected.height, expected.width)
 
 
 def test_keys_are_checked(tmp_path: Path) -> None:

@@ -50,9 +50,19 @@ def test_train_save_load_evaluate(run: Path) -> None:
     episode_tasks = {"glyphs_5way", "glyphs_2way", "digits_5way", "digits_2way"}
     assert len(summary["controls"]) == 4 and all(episode_tasks <= set(tasks) for tasks in summary["controls"].values())
     FlamingoForConditionalGeneration.from_pretrained(run / "model")
+    recipe = json.loads(json.loads((run / "results.json").read_text())["facts"]["model"]["recipe"])
+    assert recipe["steps"] == 24 and recipe["data"]["glyphs"]["naming"] == 300
     report = (run / "report.html").read_text()
     assert report.count("data:image/png;base64") >= 12 and "http" + "://" not in report.replace("http://www.w3.org", "")
     assert not list(run.rglob("*unfinished*"))
+
+
+def test_the_readme_example_runs(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches an example that no longer fits the code."""
+    readme = Path(__file__).parents[2] / "README.md"
+    example = readme.read_text().split("```python\n")[1].split("```")[0]
+    exec(example.replace("runs/quickstart/model", str(run / "model")), {})
+    assert "<image>" in capsys.readouterr().out
 
 
 def test_running_again_keeps_what_is_there(run: Path) -> None:

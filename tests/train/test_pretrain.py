@@ -15,12 +15,13 @@ from transformers import BatchFeature
 
 from data_shards.shards import write_shards
 from flamingo import FlamingoError, FlamingoForConditionalGeneration
-from flamingo.modeling import IGNORED
+from flamingo.processing import IGNORED
 from tests.tiny import document, save_backbones
 from train import loop
 from train.checkpoint import Checkpoints
 from train.parallel import Processes
 from train.pretrain import build_model, main, pretrain
+from train.quickstart import Quickstart
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
 
 STEPS = 10
@@ -179,6 +180,8 @@ def test_a_recipe_is_checked_and_overridden() -> None:
     )  # fmt: skip
     assert (recipe.steps, recipe.model.train_new_tokens, recipe.data.sources["naming"].share) == (7, False, 2.0)
     assert recipe.data.sources["episodes"].start_step == 150
+    assert from_command_line(Quickstart, ["--from-scratch", "--eval-batch", "3"]).from_scratch
+    assert not from_command_line(Quickstart, ["--from-scratch", "false"]).from_scratch
     with pytest.raises(FlamingoError, match="--data.nope"):
         from_command_line(Recipe, ["--data.nope", "1"])
     with pytest.raises(FlamingoError, match="no/such.yaml"):
@@ -194,6 +197,8 @@ def test_a_recipe_is_checked_and_overridden() -> None:
         ({"data": {"sources": {"a": {"shards": "missing/folder"}}}}, "missing/folder"),
         ({"data": {"sources": {"a": {"shards": "NOTAR"}}}}, "broken.tar"),
         ({"model": {"vision": "./no-tower"}}, "./no-tower"),
+        ({"model": {"language": "EMPTY"}}, "empty"),
+        ({"tracking": {"mode": "disabled", "log_every": 0}}, "log_every"),
         ({"batch": 7}, "batch=7"),
     ],
 )
@@ -207,10 +212,11 @@ def test_mistakes_are_one_line(
 ) -> None:
     """Catches tracebacks, and messages that do not name the culprit."""
     (tmp_path / "broken.tar").write_text("not a tar file")
+    (tmp_path / "empty").mkdir()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     for key, value in change.items():
         recipe[key] = {**recipe[key], **value} if key == "model" else value
-    text = yaml.safe_dump(recipe).replace("NOTAR", str(tmp_path))
+    text = yaml.safe_dump(recipe).replace("NOTAR", str(tmp_path)).replace("EMPTY", str(tmp_path / "empty"))
     (tmp_path / "recipe.yaml").write_text(text)
     arguments = ["--config", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["flamingo-pretrain", *arguments])
