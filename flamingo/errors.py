@@ -11,7 +11,8 @@ from typing import NoReturn
 def plain_options(arguments: Sequence[str]) -> list[str]:
     """Command-line words as jsonargparse wants them: `--from-scratch` is `--from_scratch`, and alone it means true."""
     plain = []
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for place, word in enumerate(arguments):
+        following = arguments[place + 1] if place + 1 < len(arguments) else "--"
         if word.startswith("--") and word != "--":
             name, equals, value = word.partition("=")
             alone = (

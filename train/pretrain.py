@@ -40,6 +40,8 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     ]
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
+    if recipe.data.glyphs is not None:
+        check_language_model(model, processor)
     model.to(processes.device)
     optimizer = build_optimizer(model, recipe.optimizer)
     state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, recipe.steps))
@@ -86,6 +88,17 @@ def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, Flami
         if rows is not None:
             rows.requires_grad_(train_new_tokens)
     return model, processor
+
+
+def check_language_model(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
+    """Stop where the LM cannot copy from its context: naming would be learnt all the same, in-context learning never.
+
+    Raises:
+        FlamingoError: it gives the LM's accuracy and the bar.
+    """
+    from data_shards.glyphs.backbones import check_induction
+
+    check_induction(model.language_model, processor.tokenizer)
 
 
 def make_glyphs(recipe: Recipe, processes: Processes) -> dict[str, Any]:

@@ -176,7 +176,10 @@ def with_own_backbones(recipe: Quickstart, stages: Stages, group: Processes) -> 
     else:
         with timed(stages, "backbones", Path(recipe.out), group):
             if group.is_main:
+                threads = torch.get_num_threads()
+                torch.set_num_threads(cores())  # the other processes only wait
                 make_backbones(folder, seed=recipe.seed)
+                torch.set_num_threads(threads)
             group.wait()
     own = replace(recipe.model, vision=str(folder / "vision"), language=str(folder / "language"))
     return replace(recipe, model=own)

@@ -180,6 +180,7 @@ def test_a_recipe_is_checked_and_overridden() -> None:
     )  # fmt: skip
     assert (recipe.steps, recipe.model.train_new_tokens, recipe.data.sources["naming"].share) == (7, False, 2.0)
     assert recipe.data.sources["episodes"].start_step == 150
+    assert from_command_line(Quickstart, []).processes == 2
     assert from_command_line(Quickstart, ["--from-scratch", "--eval-batch", "3"]).from_scratch
     assert not from_command_line(Quickstart, ["--from-scratch", "false"]).from_scratch
     with pytest.raises(FlamingoError, match="--data.nope"):
