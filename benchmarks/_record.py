@@ -18,8 +18,20 @@ def publish(figures: dict[str, float | str], json_file: str | None, **more: obje
     for name, value in figures.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     if json_file:
-        record = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "machine": machine(), **more}
+        record = {"command": command(), "commit": commit(), "machine": machine(), **more}
         Path(json_file).write_text(json.dumps({**record, "figures": figures}, indent=1) + "\n")
+
+
+def command() -> str:
+    """The command line, but for the places of its outputs, which are this machine's."""
+    words = ["python", "benchmarks/" + Path(sys.argv[0]).name]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word in ("--json", "--out"):
+            next(arguments, None)
+        elif not word.startswith(("--json=", "--out=")):
+            words.append(word)
+    return shlex.join(words)
 
 
 def commit() -> str:
