@@ -59,7 +59,7 @@ class MicroBatches(Dataset[BatchFeature]):
 def rank_batches(
     data: MicroBatches, *, batch: int, start_step: int, steps: int, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Iterator[BatchFeature]:
-    """Micro-batches of one rank, for of the steps `start_step` … `start_step + steps − 1`, step by step.
+    """Micro-batches of one rank, for the steps `start_step` … `start_step + steps − 1`, step by step.
 
     Args:
         batch: samples of a step over all ranks; a multiple of `micro_batch · world`.

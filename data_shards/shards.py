@@ -286,11 +286,6 @@ class ShardSet:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def is_indexed(folder: str | Path) -> bool:
-    """Whether `write_shards` finished this folder."""
-    return (Path(folder) / INDEX).is_file()
-
-
 def open_shards(folder: str | Path) -> ShardSet:
     """Open an indexed folder of shards; every shard is there, is a tar file, and has its indexed size.
 
@@ -300,7 +295,7 @@ def open_shards(folder: str | Path) -> ShardSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise FlamingoError(f"{folder}: there is no such folder of shards")
-    if not is_indexed(folder):
+    if not (folder / INDEX).is_file():
         for path in sorted(folder.glob("*.tar")):
             _check_tar(path)
         raise FlamingoError(f"{folder}: expected an {INDEX}; its shards were not written to the end")

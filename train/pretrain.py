@@ -50,7 +50,8 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
     if processes.is_main and resumed:
         print(f"resumed from step {state.step} of {recipe.steps} in {out}")
-    if state.step < recipe.steps:
+    unfinished = state.step < recipe.steps
+    if unfinished:
         data = MicroBatches(
             sources,
             Sequences(processor, recipe.data.max_tokens, recipe.data.max_media),
@@ -73,7 +74,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
         ):  # fmt: skip
             state.run_id = tracker.run_id
             loop.run(recipe, state, processes.replicate(model), batches, checkpoints, tracker, progress, processes)
-    if processes.is_main:
+    if processes.is_main and (unfinished or not (out / "model").exists()):
         save_model(model, processor, recipe, out / "model")
     processes.wait()
     return out / "model"
