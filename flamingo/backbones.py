@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -26,6 +26,7 @@ from flamingo.configuration import FlamingoConfig
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256
 from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.packing import check_packing
 from flamingo.processing import END_OF_CHUNK, IMAGE_TOKEN, FlamingoProcessor
 
 PACKAGED = "package:"
@@ -57,37 +58,92 @@ def from_backbones(
     vision: str | Path,
     language: str | Path,
     *,
+    vision_revision: str | None = None,
+    language_revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    extra_tokens: Sequence[str] = (),
     **options: Any,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Put a Flamingo over two backbones; its own parts are new, and its gates closed.
 
     Args:
-        vision: folder or hub id of a vision tower that yields patch tokens or a feature map; of a two-tower model
-            (CLIP, SigLIP) the vision part is taken.
+        vision: folder or hub id of a vision tower that yields patch tokens or a feature map (`patch_tokens` says what
+            is taken of which); of a two-tower model (CLIP, SigLIP) the vision part is taken.
         language: folder or hub id of a causal LM with its tokenizer.
-        trust_remote_code: run code that comes with the weights.
-        dtype: of the backbones.
+        vision_revision, language_revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the weights. Without it none is run, and pickled weights are
+            loaded as tensors alone (`weights_only`) in either case.
+        dtype: of the backbones; "auto" takes that of the files.
+        attn_implementation: attention kernel of the LM: "eager", "sdpa", "flash_attention_2" or "flex_attention".
+        extra_tokens: further special tokens, each with rows of its own after those of `<|endofchunk|>` and `<image>`.
         options: fields of `FlamingoConfig`, such as `cross_attention_every`.
 
     Raises:
-        FlamingoError: where a backbone cannot be loaded; it names the backbone.
+        FlamingoError: where a backbone cannot be loaded, or is not the same model in transformers; it names it.
 
     Returns:
         The model, whose backbones are frozen unless the options say otherwise, and its processor.
     """
-    vision, language = backbone_path(vision), backbone_path(language)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with _loading(vision):
-        vision_config = AutoConfig.from_pretrained(vision, **common)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype, **common)
-        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **common)
-    with _loading(language):
-        lm = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, **common)
-        tokenizer = AutoTokenizer.from_pretrained(language, **common)
-    return assemble(tower, lm, image_processor, tokenizer, **options)
+    tower, image_processor = load_vision(vision, vision_revision, trust_remote_code=trust_remote_code, dtype=dtype)
+    lm, tokenizer = load_language(
+        language,
+        language_revision,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    options["backbones"] = {"vision": _origin(vision, tower), "language": _origin(language, lm)}
+    return assemble(tower, lm, image_processor, tokenizer, extra_tokens=extra_tokens, **options)
+
+
+def load_vision(
+    name: str | Path, revision: str | None = None, *, trust_remote_code: bool = False, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """A vision tower and its image processor, from a folder or hub id."""
+    path = backbone_path(name)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    with _loading(path):
+        config = AutoConfig.from_pretrained(path, **common)
+        config = getattr(config, "vision_config", config)
+        tower = AutoModel.from_pretrained(path, config=config, dtype=dtype, weights_only=True, **common)
+        return tower, AutoImageProcessor.from_pretrained(path, backend="pil", **common)
+
+
+def load_language(
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """A causal LM and its tokenizer, from a folder or hub id."""
+    path = backbone_path(name)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _loading(path):
+        config = AutoConfig.from_pretrained(path, **common)
+        attention = getattr(config, "attn_config", None)
+        normed = attention.get("qk_ln") if isinstance(attention, dict) else getattr(attention, "qk_ln", False)
+        if normed and not hasattr(config, "auto_map"):
+            raise FlamingoError(
+                f"{path}: attn_config.qk_ln is set (MPT-1B), but transformers' MPT has no QK LayerNorm and would be "
+                "another model; expected an LM without it, or its own code with trust_remote_code=True"
+            )
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **kernel, **common)
+        return lm, AutoTokenizer.from_pretrained(path, **common)
+
+
+def _origin(name: str | Path, backbone: PreTrainedModel) -> dict[str, Any]:
+    """Where a backbone came from: a package or hub id as given, a folder with its whole path."""
+    if str(name).startswith(PACKAGED):
+        return {"name": str(name), "revision": None}
+    path = Path(backbone_path(name))
+    if path.is_dir():
+        return {"name": str(path.resolve()), "revision": None}
+    return {"name": str(name), "revision": getattr(backbone.config, "_commit_hash", None)}
 
 
 @contextmanager
@@ -95,6 +151,8 @@ def _loading(name: str) -> Iterator[None]:
     """Errors of transformers as one that names the backbone."""
     try:
         yield
+    except FlamingoError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FlamingoError(f"{name}: cannot be loaded as a backbone: {error}") from error
 
@@ -116,15 +174,16 @@ def assemble(
     language_model: PreTrainedModel,
     image_processor: Any,
     tokenizer: Any,
+    *,
+    extra_tokens: Sequence[str] = (),
     **options: Any,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """`from_backbones` over loaded parts: adds the special tokens, builds the model and starts its new rows."""
     kernels = {backbone: backbone.config._attn_implementation for backbone in (vision_tower, language_model)}
     known = set(tokenizer.get_vocab().values())
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [END_OF_CHUNK, IMAGE_TOKEN]}, replace_extra_special_tokens=False
-    )
-    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in (END_OF_CHUNK, IMAGE_TOKEN)}
+    marks = [END_OF_CHUNK, IMAGE_TOKEN, *extra_tokens]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks}, replace_extra_special_tokens=False)
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
     config = FlamingoConfig(
         vision_tower.config,
         language_model.config,
@@ -137,6 +196,8 @@ def assemble(
     for backbone, kernel in kernels.items():  # building a composite configuration clears those of its parts
         backbone.config._attn_implementation = kernel
     model = FlamingoForConditionalGeneration(config, vision_tower, language_model)
+    if config.packing:
+        check_packing(model)
     _start_new_rows(model, sorted(known))
     ends = {ids[END_OF_CHUNK], tokenizer.eos_token_id} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -27,7 +27,11 @@ class FlamingoConfig(PretrainedConfig):
         new_token_ids: ids of the tokens that the LM does not know, in the order of the rows of the new embeddings.
         vocab_size: ids in use by the tokenizer, new ones included; logits of larger ids are −inf.
         decoder_layers: path of the LM's list of decoder layers, such as "model.layers"; found by itself where unset.
-        freeze_vision, freeze_language: whether the backbones train.
+        freeze_vision, freeze_language: whether the backbones stay as they are.
+        open_flamingo_compatible: train what open_flamingo trains: an untied LM's new output rows stay frozen.
+        replaced: names of backbone parameters whose values are not the backbone's, as Otter's checkpoints have them.
+        backbones: for `vision` and `language`, the `name` (folder or hub id) it was loaded from, and its `revision`.
+        packing: rows may hold several documents; building checks that the LM keeps them apart (`flamingo.packing`).
     """
 
     model_type = "flamingo"
@@ -56,6 +60,10 @@ class FlamingoConfig(PretrainedConfig):
         decoder_layers: str | None = None,
         freeze_vision: bool = True,
         freeze_language: bool = True,
+        open_flamingo_compatible: bool = False,
+        packing: bool = False,
+        replaced: list[str] | None = None,
+        backbones: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ):
         if media_attention not in MEDIA_ATTENTION:
@@ -82,6 +90,10 @@ class FlamingoConfig(PretrainedConfig):
         self.decoder_layers = decoder_layers
         self.freeze_vision = freeze_vision
         self.freeze_language = freeze_language
+        self.open_flamingo_compatible = open_flamingo_compatible
+        self.packing = packing
+        self.replaced = sorted(replaced or [])
+        self.backbones = dict(backbones or {})
         if self.text_config is not None:
             kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)

@@ -26,15 +26,15 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(media_width, 2 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """`hidden` (B, T, D), `keys` and `values` (B, H, S·R, C), `visible` (B, 1, T, S·R) → (B, T, D).
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sees: Tensor) -> Tensor:
+        """`hidden` (B, T, D) → (B, T, D), with `keys` and `values` (B, H, S·R, C).
 
-        Exactly zero for a token that sees nothing.
+        `mask` (B, 1, T, S·R) and `sees` (B, 1, T, 1) are booleans. Attention goes where `mask` is true; the branch is
+        exactly zero for a token that `sees` nothing, whose row of the mask must not be empty, since kernels define
+        attention to nothing differently.
         """
         query = rearrange(self.to_q(self.norm(hidden)), "b t (h c) -> b h t c", h=self.heads)
-        sees = visible.any(dim=-1, keepdim=True)
-        # A row without any key is not defined the same way by every kernel: let it see all, then drop what it saw.
-        attended = scaled_dot_product_attention(query, keys, values, attn_mask=visible | ~sees)
+        attended = scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
         attended = attended.masked_fill(~sees, 0.0)
         return self.to_out(rearrange(attended, "b h t c -> b t (h c)"))
 
@@ -51,12 +51,18 @@ class GatedCrossAttention(GradientCheckpointingLayer):
 
     def project_media(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """`latents` (N, R, D) → keys and values, each (N, R, H, C)."""
+        weight = self.attn.to_kv.weight
+        if not weight.is_meta:  # a model spread over devices: blocks stand beside their decoder layers
+            latents = latents.to(weight.device)
         key, value = rearrange(
             self.attn.to_kv(latents), "n r (two h c) -> two n r h c", two=2, h=self.attn.heads
         ).unbind(0)
         return key, value
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """`hidden` (B, T, D) → (B, T, D); the other arguments as `CrossAttention.forward` has them."""
-        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, keys, values, visible)
-        return hidden + self.ff_gate.tanh() * self.ff(hidden)
+    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sees: Tensor) -> Tensor:
+        """`hidden` (B, T, D) → (B, T, D), in the block's own precision; other arguments as `CrossAttention`."""
+        stream = hidden.dtype
+        hidden = hidden.to(self.attn_gate.dtype)
+        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, keys, values, mask, sees)
+        hidden = hidden + self.ff_gate.tanh() * self.ff(hidden)
+        return hidden.to(stream)

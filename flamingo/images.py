@@ -7,6 +7,7 @@ torchvision. Legend: N media, F frames, C channels, H height, W width.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ class PixelSettings:
             return dict(value) if isinstance(value, Mapping) else value
 
         size, crop = setting("size") or {}, setting("crop_size") if setting("do_center_crop") else None
+        patches = setting("max_num_patches")
+        if not size and patches:  # SigLIP 2 of any shape: here the largest square
+            size = dict.fromkeys(("height", "width"), math.isqrt(patches) * int(setting("patch_size")))
         shortest = size.get("shortest_edge")
         target = crop or size
         if "height" not in target and shortest is not None:

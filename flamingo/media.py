@@ -20,6 +20,15 @@ text before a document's first medium sees nothing:
     all first       0    1       1    |    0    2       2    2       2
     all last        0    1       1    |    0    2       2    3       3
 
+In training a sequence may be read with each text belonging to the medium that comes next, because on web pages texts
+stand before their pictures as well as after them (Flamingo, appendix on M3W; drawn with probability ½ by the sequence
+builder, never by the model). Text after the last medium of its document then sees nothing:
+
+    token           BOS  a    <image> cat  .    <image> dog  |    saw  <image> fish
+    document        1    1    1       1    1    1       1    |    2    2       2
+    next first      1    1    1       2    2    2       0    |    3    3       0
+    next last       1    1    1       2    2    2       0    |    3    3       0
+
 Legend: B samples, T text tokens, N media of the batch, S media slots a sample (the most of any), R latents, H heads,
 C channels of a head.
 """
@@ -43,20 +52,29 @@ def visible_media(
     Args:
         input_ids: (B, T).
         image_token_id: id of `<image>`.
-        media_attention: "previous" or "all".
+        media_attention: "previous", "all", or, in training, "next".
         documents: (B, T) number of each token's document in a packed row, not falling; None: one document a row.
 
     Returns:
         `media_first`, `media_last`, each (B, T) int64: 1-based and inclusive, both 0 where the token sees nothing.
     """
     is_media = input_ids == image_token_id
-    last = is_media.long().cumsum(dim=1)
-    before = torch.zeros_like(last)  # media that stand before the token's own document
+    seen = is_media.long().cumsum(dim=1)
+    starts = torch.zeros_like(is_media)
+    starts[:, :1] = True
     if documents is not None:
-        starts = torch.ones_like(is_media)
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        before = ((last - is_media.long()) * starts).cummax(dim=1).values
-    last = last.where(last > before, torch.zeros_like(last))
+    # Media that stand before the token's own document.
+    before = ((seen - is_media.long()) * starts).cummax(dim=1).values
+    if media_attention == "next":
+        ends = starts.roll(-1, dims=1)
+        ends[:, -1:] = True
+        # Media up to the end of the token's own document: the least over the ends that are still to come.
+        through = torch.where(ends, seen, seen.shape[1] + 1).flip(1).cummin(dim=1).values.flip(1)
+        coming = seen + (~is_media).long()
+        coming = coming.where(coming <= through, torch.zeros_like(coming))
+        return coming, coming
+    last = seen.where(seen > before, torch.zeros_like(seen))
     first = last if media_attention == "previous" else (before + 1).where(last > 0, last)
     return first, last
 
@@ -70,21 +88,24 @@ class MediaSlots:
     slots: int
 
     @staticmethod
-    def of(media_per_sample: Tensor) -> MediaSlots:
-        """Slots for `media_per_sample` (B,) media, flat and in reading order."""
+    def of(media_per_sample: Tensor, media: int) -> MediaSlots:
+        """Slots for `media_per_sample` (B,), which add up to `media`, flat and in reading order."""
         samples = media_per_sample.shape[0]
-        slots = max(1, int(media_per_sample.max())) if samples else 1
-        sample = torch.repeat_interleave(media_per_sample)
+        # A compiled graph may not have shapes that depend on values: there each sample gets a slot for every medium.
+        most = media if torch.compiler.is_compiling() or not samples else int(media_per_sample.max())
+        sample = torch.repeat_interleave(media_per_sample, output_size=media)
         starts = media_per_sample.cumsum(0) - media_per_sample
-        order = torch.arange(sample.shape[0], device=sample.device) - starts[sample]
-        return MediaSlots(sample * slots + order, samples, slots)
+        order = torch.arange(media, device=sample.device) - starts[sample]
+        return MediaSlots(sample * max(1, most) + order, samples, max(1, most))
 
     def spread(self, flat: Tensor) -> Tensor:
         """(N, R, H, C) of the flat media → (B, H, S·R, C), zeros in the slots that no medium fills.
 
         The tensor takes part in the graph with N = 0 too, so that every parameter of a step gets a gradient.
         """
-        rows = flat.new_zeros(self.samples * self.slots, *flat.shape[1:]).index_copy(0, self.index, flat)
+        rows = flat
+        if flat.shape[0] != self.samples * self.slots:
+            rows = flat.new_zeros(self.samples * self.slots, *flat.shape[1:]).index_copy(0, self.index, flat)
         return rearrange(rows, "(b s) r h c -> b h (s r) c", b=self.samples)
 
     def visible(self, media_first: Tensor, media_last: Tensor, latents: int) -> Tensor:
@@ -113,6 +134,14 @@ class MediaMemory:
             tuple(key.index_select(0, index) for key in self.keys),
             tuple(value.index_select(0, index) for value in self.values),
         )
+
+    def contiguous(self) -> MediaMemory:
+        """The same with (H, R) in the order in which attention reads them, so that no pass copies them."""
+
+        def by_head(flat: Tensor) -> Tensor:
+            return flat.transpose(1, 2).contiguous().transpose(1, 2)
+
+        return MediaMemory(tuple(map(by_head, self.keys)), tuple(map(by_head, self.values)))
 
     @staticmethod
     def cat(memories: list[MediaMemory]) -> MediaMemory:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,9 +29,14 @@ from transformers.utils import ModelOutput
 from flamingo.configuration import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttention
 from flamingo.errors import FlamingoError
+from flamingo.loss import PutColumns, negative_log_likelihood
 from flamingo.media import MediaMemory, MediaSlots, visible_media
+from flamingo.packing import check_packing, pack
 from flamingo.processing import IGNORED
 from flamingo.resampler import PerceiverResampler
+
+TRAINED = "trained.safetensors"
+"""What `save_trained` calls the file of trained tensors."""
 
 
 @dataclass
@@ -40,7 +46,7 @@ class FlamingoOutput(ModelOutput):
     Attributes:
         loss: () mean negative log-likelihood of the supervised tokens, in nats; with labels only.
         logits: (B, T, V); the last `logits_to_keep` positions alone where that is set; with labels (S, V), those of the
-            supervised positions alone.
+            supervised positions alone, and None where gradients are on: the loss is made in their place.
         past_key_values: the LM's cache.
         sample_losses: (B,) summed negative log-likelihood of each sample's supervised tokens; with labels only.
         sample_tokens: (B,) number of supervised tokens of each sample; with labels only.
@@ -59,9 +65,14 @@ class _Conditioning:
 
     memory: MediaMemory
     slots: MediaSlots
-    visible: Tensor
+    mask: Tensor
+    """(B, 1, T, S·R) where attention goes: to what a token may see; anywhere, for one that sees nothing"""
+    sees: Tensor
+    """(B, 1, T, 1) whether a token sees anything"""
     positions: int | Tensor
-    """At the head: 0 for all positions, k > 0 for the last k, or (S,) indices into the flattened (B·T) positions."""
+    """at the head: 0 for all positions, k > 0 for the last k, or (S,) indices into the flattened (B·T) positions"""
+    in_place: bool
+    """whether the logits go into a loss that is made in their place"""
 
 
 class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -79,6 +90,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _no_split_modules = ("GatedCrossAttention", "PerceiverResampler")
 
     def __init__(
         self,
@@ -163,10 +176,37 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, with the backbones frozen as the configuration says."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).prepare_backbones()
-        return loaded
+        """As `PreTrainedModel.from_pretrained`, with the backbones frozen as the configuration says.
+
+        Raises:
+            FlamingoError: where a tensor is missing, unexpected or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("ignore_mismatched_sizes", None)
+        if args and (Path(args[0]) / TRAINED).exists():
+            raise FlamingoError(f"{args[0]}: holds what was trained alone; load it with `from_trained`")
+        source = str(args[0]) if args else "model"
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the message is ours
+        model, info = super().from_pretrained(*args, **options, **kwargs)
+        shapes = [f"{name} {tuple(found)} (for {tuple(own)})" for name, found, own in info["mismatched_keys"]]
+        check_names(source, info["missing_keys"], [*info["unexpected_keys"], *shapes])
+        model.prepare_backbones()
+        if model.config.packing:
+            check_packing(model)
+        return (model, info) if wants_info else model
+
+    def save_trained(self, folder: str | Path) -> None:
+        """Write what Flamingo trains, its configuration, and the identity of both backbones (`flamingo.trained`)."""
+        from flamingo.trained import save_trained
+
+        save_trained(self, folder)
+
+    @classmethod
+    def from_trained(cls, folder: str | Path, **options: Any) -> FlamingoForConditionalGeneration:
+        """A model that `save_trained` wrote, over its backbones; options as `flamingo.trained.from_trained`."""
+        from flamingo.trained import from_trained
+
+        return from_trained(folder, **options)
 
     def _embedding(self) -> nn.Embedding:
         return self.language_model.get_input_embeddings()
@@ -184,9 +224,12 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         On CPUs and tensor cores alike convolutions are faster so (a third, for the embedded tower on a CPU).
         """
-        self.vision_tower.to(memory_format=torch.channels_last)
+        if any(isinstance(module, nn.Conv2d) for module in self.vision_tower.modules()):
+            self.vision_tower.to(memory_format=torch.channels_last)
         self.vision_tower.requires_grad_(not self.config.freeze_vision)
         self.language_model.requires_grad_(not self.config.freeze_language)
+        if self.new_output_rows is not None:
+            self.new_output_rows.requires_grad_(not self.config.open_flamingo_compatible)
 
     def train(self, mode: bool = True) -> FlamingoForConditionalGeneration:
         """As `nn.Module.train`, but a frozen vision tower stays in evaluation mode (batch norms, dropout)."""
@@ -256,15 +299,15 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.new_input_rows.shape[0] == 0:
             return known
         # Some LMs scale inside their embedding module (Gemma 3): new rows are scaled likewise.
-        new = self.new_input_rows[row.clamp(min=0)].to(known.dtype) * getattr(embedding, "embed_scale", 1.0)
-        return torch.where((row >= 0)[..., None], new, known)
+        new = self.new_input_rows[row.clamp(min=0)].to(known) * getattr(embedding, "embed_scale", 1.0)
+        return torch.where((row >= 0)[..., None].to(known.device), new, known)
 
     def _rows(self, input_ids: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and input_ids.numel():
             largest = int(input_ids.max())
             if largest >= self.row_of.shape[0] or int(input_ids.min()) < 0:
                 raise FlamingoError(f"input_ids: found id {largest}, expected ids from 0 to {self.row_of.shape[0] - 1}")
-        return self.row_of[input_ids]
+        return self.row_of.to(input_ids.device)[input_ids]
 
     def forward(
         self,
@@ -278,6 +321,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         media_per_sample: Tensor | None = None,
         media_first: Tensor | None = None,
         media_last: Tensor | None = None,
+        documents: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -288,7 +332,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) ids, `<image>` where a medium stands.
             attention_mask: (B, T) 1 for tokens, 0 for padding; with a cache, of the whole sequence so far.
-            position_ids: (B, T), for LMs that take them; other LMs refuse them here.
+            position_ids: (B, T), for LMs that take them, other LMs refuse them here; default: from `attention_mask`.
             past_key_values: the cache of an earlier pass, which then needs `media_first` and `media_last`.
             pixel_values: (N, F, C, H, W) of the batch's media, flat and in reading order; or
             media_latents: (N, R, D), as `encode_media` gives them; or
@@ -296,6 +340,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             media_per_sample: (B,) number of media of each sample; default: its number of `<image>`.
             media_first, media_last: (B, T) the media that each token may see (`flamingo.media`); default: from
                 `input_ids` and the configuration.
+            documents: (B, T) number of each token's document in packed rows, from 1 and not falling, 0 for padding:
+                documents see neither one another's text nor media. Needs a model built with `packing=True`.
             labels: (B, T) ids aligned with `input_ids`, −100 where unsupervised; shifted here.
             use_cache: whether the output carries a cache.
             logits_to_keep: k > 0 makes logits for the last k positions alone.
@@ -313,28 +359,50 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if media_per_sample is None:
             media_per_sample = counts
         if not torch.compiler.is_compiling():
-            _check_media(media_per_sample, len(media_memory), None if media_last is not None else counts)
+            check_media(media_per_sample, len(media_memory), None if media_last is not None else counts)
         if media_first is None or media_last is None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise FlamingoError("media_first and media_last: expected with the cache of an earlier pass")
             media_first, media_last = visible_media(
-                input_ids, self.config.image_token_id, media_attention=self.config.media_attention
+                input_ids,
+                self.config.image_token_id,
+                media_attention=self.config.media_attention,
+                documents=documents,
             )
-
-        supervised = targets = None
-        positions: int | Tensor = logits_to_keep
-        if labels is not None:
-            supervised = (labels[:, 1:] != IGNORED).nonzero()
-            positions = supervised[:, 0] * labels.shape[1] + supervised[:, 1]
-            targets = labels[:, 1:][supervised[:, 0], supervised[:, 1]]
-
-        slots = MediaSlots.of(media_per_sample)
-        visible = slots.visible(media_first, media_last, media_memory.keys[0].shape[1])
+        if documents is not None:
+            if not self.config.packing or attention_mask is not None or position_ids is not None or use_cache:
+                raise FlamingoError(
+                    "documents: expected with a model built with packing=True, and without attention_mask, "
+                    "position_ids and use_cache, which packed rows make themselves or do not have"
+                )
+            attention_mask, position_ids = pack(documents, self.language_model)
+            use_cache = False
+            if not self.takes_positions:
+                position_ids = None
+        elif self.takes_positions and position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Positions count tokens, not padding, for LMs too that do not see to it themselves (GPT-2).
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         if position_ids is not None:
             if not self.takes_positions:
                 raise FlamingoError(f"position_ids: {type(self.language_model).__name__} does not take them")
             kwargs["position_ids"] = position_ids
-        self._conditioning = _Conditioning(media_memory, slots, visible, positions)
+
+        supervised = targets = None
+        positions: int | Tensor = logits_to_keep
+        if labels is not None:
+            targets = labels[:, 1:]
+            if documents is not None:  # nothing foretells the first token of a document
+                targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
+            positions = 0
+            if not torch.compiler.is_compiling():  # where shapes may depend on values
+                supervised = (targets != IGNORED).nonzero()
+                positions = supervised[:, 0] * labels.shape[1] + supervised[:, 1]
+        in_place = supervised is not None and torch.is_grad_enabled()
+
+        slots = MediaSlots.of(media_per_sample, len(media_memory))
+        visible = slots.visible(media_first, media_last, media_memory.keys[0].shape[1])
+        sees = visible.any(dim=-1, keepdim=True)
+        self._conditioning = _Conditioning(media_memory, slots, visible | ~sees, sees, positions, in_place)
         try:
             output = self.language_model(
                 inputs_embeds=self.embed_tokens(input_ids),
@@ -345,20 +413,36 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         finally:
             self._conditioning = None
-        logits = self._mask_unused(output.logits)
         past_key_values = output.get("past_key_values")
-        if labels is None or targets is None or supervised is None:
-            return FlamingoOutput(logits=logits, past_key_values=past_key_values)
-        logits = logits.squeeze(0)
-        losses = cross_entropy(logits.float(), targets, reduction="none")
-        sample = supervised[:, 0]
+        if targets is None:
+            return FlamingoOutput(logits=self._mask_unused(output.logits), past_key_values=past_key_values)
+        if supervised is None:
+            return self._compiled_loss(self._mask_unused(output.logits), targets)
+        sample, logits = supervised[:, 0], output.logits.squeeze(0)
+        targets = targets[sample, supervised[:, 1]]
+        if in_place:
+            losses, logits = negative_log_likelihood(logits, targets, self.row_of.shape[0]), None
+        else:
+            logits = self._mask_unused(logits)
+            losses = cross_entropy(logits.float(), targets, reduction="none")
         zeros = losses.new_zeros(labels.shape[0])
         return FlamingoOutput(
             loss=losses.sum() / max(1, losses.shape[0]),
             logits=logits,
-            past_key_values=past_key_values,
             sample_losses=zeros.index_add(0, sample, losses),
             sample_tokens=zeros.long().index_add(0, sample, torch.ones_like(sample)),
+        )
+
+    def _compiled_loss(self, logits: Tensor, targets: Tensor) -> FlamingoOutput:
+        """The loss from logits (B, T, V) of all positions: in a compiled graph no shape may depend on the labels."""
+        flat = rearrange(logits[:, :-1], "b t v -> (b t) v").float()
+        losses = cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=IGNORED).view_as(targets)
+        tokens = (targets != IGNORED).sum(dim=1)
+        return FlamingoOutput(
+            loss=losses.sum() / tokens.sum().clamp(min=1),
+            logits=logits,
+            sample_losses=losses.sum(dim=1),
+            sample_tokens=tokens,
         )
 
     def _count_marks(self, input_ids: Tensor) -> Tensor:
@@ -396,13 +480,44 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Visibility from all ids so far, cut to the tokens of this pass."""
-        first, last = visible_media(input_ids, self.config.image_token_id, media_attention=self.config.media_attention)
+        settled: Tensor | None = kwargs.pop("media_settled", None)
         prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)
         length = prepared["input_ids"].shape[1]
-        prepared["media_first"], prepared["media_last"] = first[:, -length:], last[:, -length:]
+        if settled is not None:
+            last = settled[:, None].expand(-1, length)
+            prepared["media_first"], prepared["media_last"] = last.clamp(max=1), last
+        else:
+            first, last = visible_media(
+                input_ids, self.config.image_token_id, media_attention=self.config.media_attention
+            )
+            prepared["media_first"], prepared["media_last"] = first[:, -length:], last[:, -length:]
         if not self.takes_positions:
             prepared.pop("position_ids", None)
         return prepared
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """After the prompt, keep only the media that new tokens see, in the layout that attention reads.
+
+        `<image>` is never generated, so that is the same for all of them: the last medium of each sample, or all.
+        So a new token costs no copy of keys and values, and under "previous" nothing grows with the number of media.
+        """
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        memory: MediaMemory = model_kwargs["media_memory"]
+        if "media_settled" in model_kwargs or not len(memory) or model_kwargs.get("past_key_values") is None:
+            return model_kwargs
+        counts: Tensor = model_kwargs["media_per_sample"]
+        ends = counts.cumsum(0)
+        if self.config.media_attention == "previous":
+            index, settled = (ends - 1)[:, None], counts.clamp(max=1)
+        else:
+            index, settled = (ends - counts)[:, None] + torch.arange(int(counts.max()), device=counts.device), counts
+        # Samples with fewer media get another's in the slots that they do not see.
+        model_kwargs["media_memory"] = memory.select(index.clamp(0, len(memory) - 1).flatten()).contiguous()
+        model_kwargs["media_per_sample"] = torch.full_like(counts, index.shape[1])
+        model_kwargs["media_settled"] = settled
+        return model_kwargs
 
     @staticmethod
     def _expand_inputs_for_generation(
@@ -446,7 +561,7 @@ class _LayerHook(_Hook):
         keys, values = now.memory.keys[self.block], now.memory.values[self.block]
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = self.model.cross_attention[self.block](
-            hidden, now.slots.spread(keys), now.slots.spread(values), now.visible
+            hidden, now.slots.spread(keys), now.slots.spread(values), now.mask, now.sees
         )
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -461,26 +576,30 @@ class _SelectPositions(_Hook):
         hidden = args[0]
         if isinstance(now.positions, int):
             return (hidden[:, -now.positions :],)
-        return (rearrange(hidden, "b t d -> (b t) d")[now.positions][None],)
+        return (rearrange(hidden, "b t d -> (b t) d")[now.positions.to(hidden.device)][None],)
 
 
 class _AppendNewTokens(_Hook):
     """Puts the logits of the new tokens into the columns of their ids, beside or over those of the head's own rows."""
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Any:
-        model = self.model
+        model, now = self.model, self.model._conditioning
         ids = model.config.new_token_ids
-        if model._conditioning is None or not ids:
+        if now is None or not ids:
             return None
         rows = model.new_input_rows if model.new_output_rows is None else model.new_output_rows
-        new = args[0] @ rows.to(args[0].dtype).T
+        new = (args[0] @ rows.to(args[0]).T).to(logits)
         missing = max(ids) + 1 - logits.shape[-1]
         if missing > 0:
             logits = torch.cat((logits, logits.new_zeros(*logits.shape[:-1], missing)), dim=-1)
-        return logits.index_copy(-1, torch.tensor(ids, device=logits.device), new.to(logits.dtype))
+        columns = torch.tensor(ids, device=logits.device)
+        if now.in_place:
+            return PutColumns.apply(logits, new, columns)
+        return logits.index_copy(-1, columns, new)
 
 
-def _check_media(media_per_sample: Tensor, media: int, counts: Tensor | None) -> None:
+def check_media(media_per_sample: Tensor, media: int, counts: Tensor | None) -> None:
+    """Refuse numbers of media that do not fit one another or the marks in the text; it names the sample."""
     if int(media_per_sample.sum()) != media:
         raise FlamingoError(
             f"media_per_sample: expected numbers that add up to {media} media, got {media_per_sample.tolist()}"
@@ -491,6 +610,26 @@ def _check_media(media_per_sample: Tensor, media: int, counts: Tensor | None) ->
             f"found {int(counts[sample])} image tokens but received {int(media_per_sample[sample])} media "
             f"(sample {sample})"
         )
+
+
+def check_names(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse a set of tensors that is not the model's.
+
+    Raises:
+        FlamingoError: it names the source and the tensors that are missing or not expected.
+    """
+    faults = [
+        f"{kind} {', '.join(sorted(names))}"
+        for kind, names in (("without", list(missing)), ("with unexpected", list(unexpected)))
+        if names
+    ]
+    if faults:
+        raise FlamingoError(f"{source}: {'; '.join(faults)}; expected exactly the model's tensors")
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that train."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def decoder_layers(language_model: nn.Module, path: str | None = None) -> nn.ModuleList:
@@ -526,16 +665,32 @@ def decoder_layers(language_model: nn.Module, path: str | None = None) -> nn.Mod
 
 
 def patch_tokens(vision_tower: PreTrainedModel, images: Tensor) -> Tensor:
-    """`images` (N, C, H, W) → the tower's patch tokens (N, V, D), in rows.
+    """`images` (N, C, H, W) → the tower's patch tokens (N, V, D), in rows: its `last_hidden_state`, less other tokens.
 
-    The tower's `last_hidden_state`, which for CLIP is without the final LayerNorm, as Flamingo uses it (SigLIP, ViT and
-    DINOv2 apply theirs). Leading tokens that are no patches (class, registers) are dropped; feature maps are flattened.
+    | tower | leading tokens dropped | final norm |
+    |---|---|---|
+    | CLIP | class | not applied, as Flamingo and open_flamingo have it |
+    | SigLIP, SigLIP 2 | none there | applied |
+    | ViT, DINOv2 | class, registers | applied |
+    | ConvNeXt, ResNet, RegNet and other feature maps | none there; the map is flattened | not applied |
+    | Swin | none there | applied |
     """
+    config: Any = vision_tower.config
+    if config.model_type == "siglip2_vision_model":  # takes patches, and how many stand in a column and a row
+        side = config.patch_size
+        height, width = images.shape[2] // side, images.shape[3] // side
+        patches = rearrange(images, "n c (h p) (w q) -> n (h w) (p q c)", p=side, q=side)
+        return vision_tower(
+            pixel_values=patches,
+            pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=images.device),
+            spatial_shapes=torch.tensor([[height, width]], device=images.device).expand(len(images), -1),
+        ).last_hidden_state
     hidden = vision_tower(pixel_values=images).last_hidden_state
     if hidden.ndim == 4:
         return rearrange(hidden, "n d h w -> n (h w) d")
-    patch = getattr(vision_tower.config, "patch_size", None)
+    patch = getattr(config, "patch_size", None)
     if patch is None:
         return hidden
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    return hidden[:, hidden.shape[1] - (images.shape[2] // height) * (images.shape[3] // width) :]
+    vertical, horizontal = (patch, patch) if isinstance(patch, int) else patch
+    patches_there = (images.shape[2] // vertical) * (images.shape[3] // horizontal)
+    return hidden[:, max(0, hidden.shape[1] - patches_there) :]

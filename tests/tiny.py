@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image as PilImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    Olmo2Config,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 from flamingo import Document, FlamingoForConditionalGeneration, FlamingoProcessor, Image, Text, from_backbones
@@ -27,25 +43,45 @@ from flamingo import Document, FlamingoForConditionalGeneration, FlamingoProcess
 WIDTH, VOCABULARY = 32, 128
 
 
-def language_configs(vocabulary: int = VOCABULARY) -> dict[str, PretrainedConfig]:
-    """One tiny configuration a family; the vocabulary may be larger than the tokenizer's, as with OPT or Pythia."""
-    common = dict(
-        vocab_size=vocabulary, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+def language_configs(vocabulary: int = VOCABULARY) -> dict[str, Callable[[], PretrainedConfig]]:
+    """Makers of tiny configurations, by family; a vocabulary larger than the tokenizer's is as with OPT or Pythia."""
+    size: dict[str, Any] = dict(
+        vocab_size=vocabulary, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
+    untied: dict[str, Any] = dict(size, num_key_value_heads=1, tie_word_embeddings=False)
+    older: dict[str, Any] = dict(vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    gpt2: dict[str, Any] = dict(older, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=512)
     return {
-        "llama": LlamaConfig(**common, intermediate_size=64, tie_word_embeddings=False),
-        "opt": OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=WIDTH, dropout=0.0),
-        "gpt_neox": GPTNeoXConfig(**common, intermediate_size=64, tie_word_embeddings=False),
-        "lfm2": Lfm2Config(
-            **common,
-            intermediate_size=64,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"],
-            conv_L_cache=4,
-            tie_word_embeddings=True,
+        "llama": lambda: LlamaConfig(**untied),
+        "mistral": lambda: MistralConfig(**untied),
+        "qwen2": lambda: Qwen2Config(**{**untied, "tie_word_embeddings": True}),
+        "qwen3": lambda: Qwen3Config(**untied, head_dim=16),
+        "gemma2": lambda: Gemma2Config(**{**untied, "tie_word_embeddings": True}, head_dim=16, sliding_window=64),
+        "gemma3": lambda: Gemma3TextConfig(
+            **{**untied, "tie_word_embeddings": True}, head_dim=16, sliding_window=64, query_pre_attn_scalar=16
         ),
-    }
+        "smollm3": lambda: SmolLM3Config(**untied),
+        "olmo2": lambda: Olmo2Config(**untied),
+        "phi": lambda: PhiConfig(**size, tie_word_embeddings=False),
+        "opt": lambda: OPTConfig(**size, ffn_dim=64, word_embed_proj_dim=WIDTH, dropout=0.0),
+        "gpt_neox": lambda: GPTNeoXConfig(**size, tie_word_embeddings=False),
+        "gpt2": lambda: GPT2Config(**gpt2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        "gptj": lambda: GPTJConfig(**gpt2, rotary_dim=8, tie_word_embeddings=False),
+        "gpt_neo": lambda: GPTNeoConfig(
+            **older, hidden_size=WIDTH, num_layers=2, num_heads=2, max_position_embeddings=512,
+            attention_types=[[["global", "local"], 1]], window_size=64, resid_dropout=0.0, embed_dropout=0.0,
+        ),
+        "mpt": lambda: MptConfig(**older, d_model=WIDTH, n_heads=2, n_layers=2, expansion_ratio=2, max_seq_len=512),
+        "bloom": lambda: BloomConfig(**older, hidden_size=WIDTH, n_layer=2, n_head=2),
+        "falcon": lambda: FalconConfig(**older, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2),
+        "falcon_alibi": lambda: FalconConfig(
+            **older, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, alibi=True
+        ),
+        "lfm2": lambda: Lfm2Config(
+            **{**untied, "tie_word_embeddings": True}, layer_types=["conv", "full_attention"], conv_L_cache=4
+        ),
+    }  # fmt: skip
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -71,7 +107,7 @@ def save_backbones(folder: Path, family: str = "llama", vocabulary: int = VOCABU
     CLIPVisionModel(config).save_pretrained(vision)
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(vision)
-    AutoModelForCausalLM.from_config(language_configs(vocabulary)[family]).save_pretrained(language)
+    AutoModelForCausalLM.from_config(language_configs(vocabulary)[family]()).save_pretrained(language)
     tokenizer().save_pretrained(language)
     return vision, language
 
