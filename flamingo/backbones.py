@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -153,7 +154,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except FlamingoError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise FlamingoError(f"{name}: cannot be loaded as a backbone: {error}") from error
 
 

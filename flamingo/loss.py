@@ -33,7 +33,7 @@ class _LossInPlace(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the loss was already used for a backward pass: its gradient is kept for one")
@@ -65,7 +65,7 @@ class PutColumns(torch.autograd.Function):
         return logits.index_copy_(-1, ids, new)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         """The gradients of both; that of the overwritten columns is zero."""
         (ids,) = ctx.saved_tensors
         (gradient,) = outer

@@ -414,7 +414,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         finally:
             self._conditioning = None
         past_key_values = output.get("past_key_values")
-        if targets is None:
+        if labels is None or targets is None:
             return FlamingoOutput(logits=self._mask_unused(output.logits), past_key_values=past_key_values)
         if supervised is None:
             return self._compiled_loss(self._mask_unused(output.logits), targets)

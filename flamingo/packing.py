@@ -64,7 +64,7 @@ def check_packing(model: FlamingoForConditionalGeneration) -> None:
     name = type(lm).__name__
     known = torch.tensor([i for i in range(model.row_of.shape[0]) if model.row_of[i] < 0])
     ids = known[torch.randint(len(known), (1, first + second), generator=torch.Generator().manual_seed(0))]
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(next(model.get_input_embeddings().parameters()).device)
     documents = torch.tensor([[1] * first + [2] * second], device=ids.device)
     mask, positions = pack(documents, lm)
     more = {"position_ids": positions} if model.takes_positions else {}

@@ -1,0 +1,176 @@
+"""Backbones: which towers and LMs a Flamingo stands on, what of it trains, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    ConvNextConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    MptConfig,
+    PretrainedConfig,
+    ResNetConfig,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipVisionConfig,
+    SwinConfig,
+    ViTConfig,
+)
+
+from flamingo import FlamingoError, from_backbones
+from flamingo.modeling import decoder_layers, patch_tokens, trainable_names
+from tests.tiny import document, save_backbones, tiny_flamingo
+
+PATCHES: dict[str, Any] = dict(
+    hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+)
+TOWERS: dict[str, tuple[PretrainedConfig, int]] = {  # and the tokens of an image of 16×16
+    "siglip": (SiglipVisionConfig(**PATCHES), 4),
+    "siglip of two towers": (SiglipConfig(vision_config=PATCHES, text_config=dict(PATCHES, vocab_size=30)), 4),
+    "siglip2": (Siglip2VisionConfig(**{**PATCHES, "num_patches": 4}), 4),
+    "vit": (ViTConfig(**PATCHES), 4),
+    "dinov2": (Dinov2Config(**PATCHES), 4),
+    "dinov2 with registers": (Dinov2WithRegistersConfig(**PATCHES, num_register_tokens=3), 4),
+    "convnext": (ConvNextConfig(hidden_sizes=[8, 16, 16, 24], depths=[1, 1, 1, 1], patch_size=2), 1),
+    "resnet": (ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic"), 4),
+    "swin": (SwinConfig(image_size=16, patch_size=2, embed_dim=6, depths=[1] * 3, num_heads=[1, 2, 2], window_size=2), 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_tower_yields_its_patch_tokens(tmp_path: Path, name: str) -> None:
+    """Catches class tokens and registers taken for patches, and towers that want another input."""
+    config, count = TOWERS[name]
+    _, language = save_backbones(tmp_path)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "tower")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path / "tower")
+    model, processor = from_backbones(tmp_path / "tower", language, resampler_depth=1, resampler_latents=4, cross_attention_heads=2)
+    batch = processor(documents=[document(1, 2), document(2, 0)])
+    tokens = patch_tokens(model.vision_tower, batch["pixel_values"][:, 0])
+    assert tokens.shape == (2, count, 24)
+    reference = model.vision_tower.eval()
+    if "siglip2" not in name:
+        hidden = reference(pixel_values=batch["pixel_values"][:, 0]).last_hidden_state
+        hidden = hidden.flatten(2).mT if hidden.ndim == 4 else hidden
+        assert torch.equal(tokens, hidden[:, -count:])
+        assert hidden.shape[1] - count == {"vit": 1, "dinov2": 1, "dinov2 with registers": 4}.get(name, 0)
+    model.train()(**batch).loss.backward()
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+
+
+def test_siglip2_reads_the_same_patches_as_its_own_image_processor(tmp_path: Path) -> None:
+    """Catches patches whose pixels stand in another order than the tower was trained on."""
+    from transformers import Siglip2ImageProcessorPil
+
+    tower = AutoModel.from_config(Siglip2VisionConfig(**{**PATCHES, "num_patches": 4})).eval()
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    theirs = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=4)(images=image.numpy(), return_tensors="pt")
+    expected = tower(**theirs).last_hidden_state
+    normalised = (image.float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(patch_tokens(tower, normalised[None]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_trains_is_this_and_nothing_frozen_changes(tmp_path: Path) -> None:
+    """Catches a backbone that trains, and a part of Flamingo that does not."""
+    model, processor = tiny_flamingo(tmp_path, resampler_max_frames=2)
+    attention = ["norm.weight", "norm.bias", "to_q.weight", "to_kv.weight", "to_out.weight"]
+    mlp = ["0.weight", "0.bias", "1.weight", "3.weight"]
+    perceiver = ["norm_media.weight", "norm_media.bias", "norm_latents.weight", "norm_latents.bias", *attention[2:]]
+    expected = {
+        *(f"cross_attention.{k}.attn.{name}" for k in (0, 1) for name in attention),
+        *(f"cross_attention.{k}.ff.{name}" for k in (0, 1) for name in mlp),
+        *(f"cross_attention.{k}.{gate}" for k in (0, 1) for gate in ("attn_gate", "ff_gate")),
+        *(f"resampler.layers.0.0.{name}" for name in perceiver),
+        *(f"resampler.layers.0.1.{name}" for name in mlp),
+        "resampler.latents",
+        "resampler.frame_embeddings",
+        "resampler.norm.weight",
+        "resampler.norm.bias",
+        "new_input_rows",
+        "new_output_rows",
+    }
+    assert trainable_names(model) == expected
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model.train()(**processor(documents=[document(1, 2), document(2, 1)])).loss.backward()
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == expected
+    compatible, _ = tiny_flamingo(tmp_path / "compatible", open_flamingo_compatible=True)
+    assert trainable_names(compatible) == expected - {"new_output_rows", "resampler.frame_embeddings"}
+
+
+def test_no_graph_below_the_first_gated_block_where_new_rows_are_frozen(tmp_path: Path) -> None:
+    """Catches activations kept for layers that no gradient flows through."""
+    model, processor = tiny_flamingo(tmp_path, cross_attention_every=2)
+    batch = processor(documents=document(1, 2))
+    needs: list[bool] = []
+    decoder_layers(model.language_model)[0].register_forward_hook(
+        lambda layer, args, output: needs.append((output[0] if isinstance(output, tuple) else output).requires_grad)
+    )
+    model.train()(**batch)
+    model.new_input_rows.requires_grad_(False)
+    model(**batch)
+    assert needs == [True, False]
+
+
+def test_layers_that_cannot_be_found_are_asked_for(tmp_path: Path) -> None:
+    """Catches cross-attention put between the wrong modules."""
+    model, _ = tiny_flamingo(tmp_path)
+    lm = model.language_model
+    lm.model.other = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+    with pytest.raises(FlamingoError, match="decoder layers of LlamaForCausalLM.*give its path as `decoder_layers`"):
+        decoder_layers(lm)
+    assert decoder_layers(lm, "model.layers") is lm.model.layers
+
+
+def test_mpt_with_qk_layernorm_is_refused(tmp_path: Path) -> None:
+    """Catches MPT-1B read without its QK LayerNorm, which would be another model."""
+    vision, language = save_backbones(tmp_path, "mpt")
+    config = MptConfig.from_pretrained(language)
+    config.attn_config.qk_ln = True
+    config.save_pretrained(language)
+    with pytest.raises(FlamingoError, match="qk_ln"):
+        from_backbones(vision, language)
+
+
+def test_code_and_pickles_of_a_backbone_do_not_run(tmp_path: Path) -> None:
+    """Catches code that runs because a folder says so, from its configuration or from a pickle."""
+    vision, language = save_backbones(tmp_path)
+    (language / "model.safetensors").unlink()
+    (language / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save({"model.embed_tokens.weight": Evil()}, language / "pytorch_model.bin")
+    with pytest.raises(FlamingoError, match="cannot be loaded as a backbone"):
+        from_backbones(vision, language)
+    config = AutoConfig.from_pretrained(language)
+    config.auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config.model_type = "evil"
+    config.save_pretrained(language)
+    with pytest.raises(FlamingoError, match="cannot be loaded as a backbone"):
+        from_backbones(vision, language)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_further_tokens_have_rows_of_their_own(tmp_path: Path) -> None:
+    """Catches a further token that moves the ids of the first two."""
+    vision, language = save_backbones(tmp_path)
+    known = len(AutoTokenizer.from_pretrained(language))
+    model, processor = from_backbones(vision, language, extra_tokens=["<answer>"])
+    assert model.config.new_token_ids == [known, known + 1, known + 2]
+    assert model.config.end_of_chunk_token_id == known
+    assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<answer>"]) == [known + 1, known + 2]
+    assert model.new_input_rows.shape[0] == 3
