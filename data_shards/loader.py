@@ -51,7 +51,7 @@ class MicroBatches(Dataset[BatchFeature]):
             encodings.append(self.sequences(document, np.random.default_rng([self.seed, position])))
             sources.append(source)
             keys.append(document.key)
-        batch = self.sequences.processor.collate(encodings)
+        batch = self.sequences.collate(encodings)
         batch["sources"], batch["keys"] = torch.tensor(sources), keys
         return batch
 

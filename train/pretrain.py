@@ -54,7 +54,13 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     if unfinished:
         data = MicroBatches(
             sources,
-            Sequences(processor, recipe.data.max_tokens, recipe.data.max_media),
+            Sequences(
+                processor,
+                recipe.data.max_tokens,
+                recipe.data.max_media,
+                recipe.data.next_media,
+                recipe.model.media_attention,
+            ),
             micro_batch=recipe.micro_batch,
             seed=recipe.seed,
         )

@@ -90,6 +90,8 @@ class DataRecipe:
     """tokens of a sequence"""
     max_media: int = 5
     """media of a sequence"""
+    next_media: float = 0.0
+    """probability that the texts of a sequence see the medium that comes next instead of the one before"""
     workers: int = 1
     """processes a rank that read ahead; 0 reads in the training process"""
     glyphs: GlyphsRecipe | None = None

@@ -123,3 +123,19 @@ def test_long_text_is_cut_with_its_media_and_unsupervised_is_an_error(processor:
     assert encoding.input_ids.count(processor.image_token_id) == len(encoding.media) < 5
     with pytest.raises(FlamingoError, match="document silent: no token"):
         sequences(Document((Text("x" * 30, supervised=False),), "silent"), np.random.default_rng(0))
+
+
+def test_texts_belong_to_the_next_medium_with_a_probability(processor: FlamingoProcessor) -> None:
+    """Catches a draw that never happens or always does, moves the window, or does not reach what tokens may see."""
+    usual, drawn = Sequences(processor, max_media=2), Sequences(processor, max_media=2, next_media=0.5)
+    whole = document(7, 5, lead=True)
+    pairs = [[make(whole, np.random.default_rng(seed)) for make in (usual, drawn)] for seed in range(40)]
+    assert all(one.input_ids == other.input_ids and not one.next_media for one, other in pairs)
+    assert 8 < sum(other.next_media for _, other in pairs) < 32
+    batch = drawn.collate([next(pair for pair in pairs if pair[1].next_media)[1], pairs[0][0]])
+    assert batch["media_last"][0, 1] == 1, "the text before the first medium sees it"
+    ids = batch["input_ids"][1]
+    assert torch.equal(batch["media_last"][1], (ids == processor.image_token_id).cumsum(0))
+    assert "media_last" not in usual.collate([pairs[0][0]])
+    with pytest.raises(FlamingoError, match=r"next_media=2: expected a probability"):
+        Sequences(processor, next_media=2)

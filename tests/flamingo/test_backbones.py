@@ -41,7 +41,7 @@ TOWERS: dict[str, tuple[PretrainedConfig, int]] = {  # and the tokens of an imag
     "dinov2 with registers": (Dinov2WithRegistersConfig(**PATCHES, num_register_tokens=3), 4),
     "convnext": (ConvNextConfig(hidden_sizes=[8, 16, 16, 24], depths=[1, 1, 1, 1], patch_size=2), 1),
     "resnet": (ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic"), 4),
-    "swin": (SwinConfig(image_size=16, patch_size=2, embed_dim=6, depths=[1] * 3, num_heads=[1, 2, 2], window_size=2), 4),
+    "swin": (SwinConfig(image_size=16, patch_size=2, embed_dim=6, depths=[1] * 3, num_heads=[2] * 3, window_size=2), 4),
 }  # fmt: skip
 
 
@@ -53,7 +53,8 @@ def test_every_tower_yields_its_patch_tokens(tmp_path: Path, name: str) -> None:
     AutoModel.from_config(config).save_pretrained(tmp_path / "tower")
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path / "tower")
-    model, processor = from_backbones(tmp_path / "tower", language, resampler_depth=1, resampler_latents=4, cross_attention_heads=2)
+    small = dict(resampler_depth=1, resampler_latents=4, resampler_heads=2, cross_attention_heads=2)
+    model, processor = from_backbones(tmp_path / "tower", language, **small)
     batch = processor(documents=[document(1, 2), document(2, 0)])
     tokens = patch_tokens(model.vision_tower, batch["pixel_values"][:, 0])
     assert tokens.shape == (2, count, 24)
