@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-slow lint format bench environment clean
+.PHONY: help install quickstart test test-slow lint format parity bench environment clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy
 format: $(STAMP) ## Let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+parity: $(STAMP) ## Largest differences from the real open_flamingo, a line for each family and precision
+	@$(BIN)/python benchmarks/parity.py $(ARGS)
 
 bench: $(STAMP) ## Every benchmark, in its short form
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done

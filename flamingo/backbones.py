@@ -125,16 +125,20 @@ def load_language(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _loading(path):
-        config = AutoConfig.from_pretrained(path, **common)
-        attention = getattr(config, "attn_config", None)
-        normed = attention.get("qk_ln") if isinstance(attention, dict) else getattr(attention, "qk_ln", False)
-        if normed and not hasattr(config, "auto_map"):
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **kernel, **common)
+        if ignores_qk_norm(lm):
             raise FlamingoError(
                 f"{path}: attn_config.qk_ln is set (MPT-1B), but transformers' MPT has no QK LayerNorm and would be "
                 "another model; expected an LM without it, or its own code with trust_remote_code=True"
             )
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **kernel, **common)
         return lm, AutoTokenizer.from_pretrained(path, **common)
+
+
+def ignores_qk_norm(language_model: PreTrainedModel) -> bool:
+    """Whether an LM's configuration asks for a QK LayerNorm that its class, transformers' MPT, does not have."""
+    attention = getattr(language_model.config, "attn_config", None)
+    asked = attention.get("qk_ln") if isinstance(attention, dict) else getattr(attention, "qk_ln", False)
+    return bool(asked) and type(language_model).__module__.startswith("transformers.")
 
 
 def _origin(name: str | Path, backbone: PreTrainedModel) -> dict[str, Any]:

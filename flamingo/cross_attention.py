@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flamingo.lean import add_feed_forward, add_linear
 from flamingo.resampler import feed_forward
 
 
@@ -27,7 +28,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sees: Tensor) -> Tensor:
-        """`hidden` (B, T, D) → (B, T, D), with `keys` and `values` (B, H, S·R, C).
+        """`hidden` (B, T, D) → (B, T, H·C), to be projected by `to_out`, with `keys` and `values` (B, H, S·R, C).
 
         `mask` (B, 1, T, S·R) and `sees` (B, 1, T, 1) are booleans. Attention goes where `mask` is true; the branch is
         exactly zero for a token that `sees` nothing, whose row of the mask must not be empty, since kernels define
@@ -35,8 +36,7 @@ class CrossAttention(nn.Module):
         """
         query = rearrange(self.to_q(self.norm(hidden)), "b t (h c) -> b h t c", h=self.heads)
         attended = scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask)
-        attended = attended.masked_fill(~sees, 0.0)
-        return self.to_out(rearrange(attended, "b h t c -> b t (h c)"))
+        return rearrange(attended.masked_fill(~sees, 0.0), "b h t c -> b t (h c)")
 
 
 class GatedCrossAttention(GradientCheckpointingLayer):
@@ -63,6 +63,7 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         """`hidden` (B, T, D) → (B, T, D), in the block's own precision; other arguments as `CrossAttention`."""
         stream = hidden.dtype
         hidden = hidden.to(self.attn_gate.dtype)
-        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, keys, values, mask, sees)
-        hidden = hidden + self.ff_gate.tanh() * self.ff(hidden)
+        attended = self.attn(hidden, keys, values, mask, sees)
+        hidden = add_linear(hidden, attended, self.attn.to_out, self.attn_gate.tanh())
+        hidden = add_feed_forward(hidden, self.ff, self.ff_gate.tanh())
         return hidden.to(stream)

@@ -6,33 +6,54 @@ Legend: B samples, T text tokens, N media, F frames, C channels, H height, W wid
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image as PilImage
+from PIL import ImageOps
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from flamingo.document import Document, Image, Medium, Text
+from flamingo.document import Document, Image, Medium, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.images import PixelSettings, media_pixels
+from flamingo.media import visible_media
 
 IMAGE_TOKEN = "<image>"
+VIDEO_MARK = "<video>"
+"""Where a video stands in a text given to the processor; to the model it is `<image>`, a video being one medium."""
 END_OF_CHUNK = "<|endofchunk|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content %}"
+    "{% for part in parts if part.type in ('image', 'video') %}<{{ part.type }}>{% endfor %}"
+    "{{ {'user': 'User:', 'assistant': ' GPT:'}.get(message.role, '') }}"
+    "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "{% if message.role != 'user' %}<|endofchunk|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %} GPT:{% endif %}"
+)
+"""A chat as one interleaved document, in Otter's form: `<image>User:{question} GPT:{answer}<|endofchunk|>`."""
 IGNORED = -100
 """Label of a position that does not count in the loss (PyTorch's `ignore_index`)."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """A document as the model reads it: ids and labels of one length (−100: no loss), its media, and its text."""
+    """A document as the model reads it: ids and labels of one length (−100: no loss), its media, and its text.
+
+    With `next_media` its texts belong to the medium that comes next (training only, see `flamingo.media`).
+    """
 
     input_ids: list[int]
     labels: list[int]
     media: tuple[Medium, ...]
     text: str
+    next_media: bool = False
 
 
 def render(document: Document) -> tuple[str, list[tuple[int, int, bool]]]:
@@ -71,12 +92,13 @@ class FlamingoProcessor(ProcessorMixin):
         image_processor: of the vision tower; its sizes and normalisation are used, its code is not (see `images`).
         tokenizer: a fast tokenizer (character offsets are needed).
         channels: of the vision tower's images.
+        chat_template: Jinja; default `CHAT_TEMPLATE`.
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, channels: int = 3, chat_template: str | None = None):
         if not tokenizer.is_fast:
             raise FlamingoError(f"tokenizer {type(tokenizer).__name__}: expected a fast one, which gives offsets")
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.channels = channels
         self.pixel_settings = PixelSettings.of(image_processor, channels)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -141,71 +163,162 @@ class FlamingoProcessor(ProcessorMixin):
         """Decode media → (N, F, C, H, W) float32, as the vision tower wants them; N may be 0."""
         return media_pixels(tuple(media), self.pixel_settings)
 
-    def collate(self, encodings: Sequence[Encoding], padding_side: str = "right") -> BatchFeature:
-        """A batch: input_ids, attention_mask, labels (B, T), pixel_values (N, F, C, H, W), media_per_sample (B,)."""
-        length = max(len(encoding.input_ids) for encoding in encodings)
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
+    def collate(
+        self, encodings: Sequence[Encoding], padding_side: str = "right", *, media_attention: str = "previous"
+    ) -> BatchFeature:
+        """A batch of one encoding a row.
 
-        def padded(rows: list[list[int]], value: int) -> Tensor:
-            filled = torch.full((len(rows), length), 0 if value is None else value)
-            for row, ids in zip(filled, rows, strict=True):
-                where = slice(0, len(ids)) if padding_side == "right" else slice(length - len(ids), length)
-                row[where] = torch.tensor(ids)
+        Args:
+            encodings: at least one.
+            padding_side: "right" or "left".
+            media_attention: the model's; only read where some of the encodings have `next_media`.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (N, F, C, H, W), `media_per_sample` (B,);
+            where an encoding has `next_media` also `media_first`, `media_last` (B, T).
+
+        Raises:
+            FlamingoError: where there is no encoding, or media differ in their numbers of frames.
+        """
+        return self._collate([[encoding] for encoding in encodings], "attention_mask", padding_side, media_attention)
+
+    def collate_packed(self, rows: Sequence[Sequence[Encoding]], *, media_attention: str = "previous") -> BatchFeature:
+        """A batch of several encodings a row, one after the other, for a model built with `packing=True`.
+
+        As `collate`, padded on the right, but with `documents` (B, T) instead of `attention_mask`: the number of each
+        token's encoding in its row, from 1; 0 for padding. `media_per_sample` counts the media of a whole row.
+        """
+        return self._collate(rows, "documents", "right", media_attention)
+
+    def _collate(
+        self, rows: Sequence[Sequence[Encoding]], numbers: str, padding_side: str, media_attention: str
+    ) -> BatchFeature:
+        """`numbers`: name of the output that numbers the encodings of a row; of a single one that is its mask."""
+        if not rows or not all(rows):
+            raise FlamingoError("collate: expected at least one encoding in each row")
+        length = max(sum(len(encoding.input_ids) for encoding in row) for row in rows)
+
+        def padded(values: Callable[[int, Encoding], list[int]], fill: int) -> Tensor:
+            filled = torch.full((len(rows), length), fill)
+            for line, row in zip(filled, rows, strict=True):
+                flat = [value for place, encoding in enumerate(row, 1) for value in values(place, encoding)]
+                start = 0 if padding_side == "right" else length - len(flat)
+                line[start : start + len(flat)] = torch.tensor(flat)
             return filled
 
-        return BatchFeature(
-            {
-                "input_ids": padded([encoding.input_ids for encoding in encodings], pad),
-                "attention_mask": padded([[1] * len(encoding.input_ids) for encoding in encodings], 0),
-                "labels": padded([encoding.labels for encoding in encodings], IGNORED),
-                "pixel_values": self.pixels([medium for encoding in encodings for medium in encoding.media]),
-                "media_per_sample": torch.tensor([len(encoding.media) for encoding in encodings]),
-            }
-        )
+        tokenizer = self.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        input_ids = padded(lambda _, encoding: encoding.input_ids, pad or 0)
+        documents = padded(lambda place, encoding: [place] * len(encoding.input_ids), 0)
+        batch = {
+            "input_ids": input_ids,
+            numbers: documents,
+            "labels": padded(lambda _, encoding: encoding.labels, IGNORED),
+            "pixel_values": self.pixels([medium for row in rows for encoding in row for medium in encoding.media]),
+            "media_per_sample": torch.tensor([sum(len(encoding.media) for encoding in row) for row in rows]),
+        }
+        if any(encoding.next_media for row in rows for encoding in row):
+            reads_next = padded(lambda _, encoding: [encoding.next_media] * len(encoding.input_ids), 0).bool()
+            ahead, behind = (
+                visible_media(input_ids, self.image_token_id, media_attention=attention, documents=documents)
+                for attention in ("next", media_attention)
+            )
+            for name, next_one, usual in zip(("media_first", "media_last"), ahead, behind, strict=True):
+                batch[name] = torch.where(reads_next, next_one, usual)
+        return BatchFeature(batch)
 
     def __call__(
         self,
-        images: Sequence[Any] | None = None,
+        images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
         *,
         documents: Document | Sequence[Document] | None = None,
         padding_side: str = "left",
+        padding: bool | str = True,
+        truncation: bool = False,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """A batch for `generate` or `forward`, from documents, or from text with `<image>` marks and its images.
+        """A batch for `generate` or `forward`, from documents, or from text with marks and its media.
 
         Args:
-            images: for each text its list of images (PIL images, or `Image`); one flat list for one text.
+            images: for each text the list of what fills its `<image>` marks: PIL images, paths, bytes of image files or
+                `flamingo.Image`; None or an empty list for a text without. A flat list belongs to the one text, or
+                gives one image to each of several.
             text: one text or several, taken as they are.
-            documents: instead of both.
+            videos: likewise for `<video>` marks; a video is a `flamingo.Video` or the list of its frames.
+            documents: instead of these three.
             padding_side: "left" for generation.
+            padding: True or "longest"; False where all rows are of one length.
+            truncation: False: a text that is cut would lose media.
+            add_special_tokens: put the tokenizer's beginning-of-sequence token first, where it has one.
+            return_tensors: "pt".
+
+        Returns:
+            As `collate`; from text without `labels`, since a prompt has none.
 
         Raises:
-            FlamingoError: where a text has another number of marks than images; it names the sample.
+            FlamingoError: where a text has another number of marks than media, or a medium is no image; it names the
+                sample. Where an argument is not one of these.
         """
-        kwargs.pop("return_tensors", None)
-        if kwargs:
-            raise FlamingoError(f"processor: unexpected argument {sorted(kwargs)[0]!r}")
-        if (documents is None) == (text is None):
-            raise FlamingoError("processor: expected either documents, or text with images")
-        if documents is not None:
-            documents = [documents] if isinstance(documents, Document) else documents
-            return self.collate([self.encode(document) for document in documents], padding_side)
-        texts = [text] if isinstance(text, str) else list(text or [])
-        nested = list(images or [])
-        if isinstance(text, str) and not (nested and isinstance(nested[0], (list, tuple))):
-            nested = [nested]
-        if not nested:
-            nested = [[] for _ in texts]
-        if len(nested) != len(texts) or not all(isinstance(each, (list, tuple)) for each in nested):
-            raise FlamingoError(f"processor: expected a list of images for each of the {len(texts)} texts")
-        encodings = []
-        for sample, (each, pictures) in enumerate(zip(texts, nested, strict=True)):
-            ids = self.tokenizer(each, add_special_tokens=False).input_ids
-            media = tuple(_as_image(picture) for picture in pictures)
-            encodings.append(self._finish(ids, [IGNORED] * len(ids), media, each, str(sample), bos=True, eos=False))
-        return self.collate(encodings, padding_side)
+        for name, value, expected in (
+            ("padding", padding, (True, False, "longest")),
+            ("truncation", truncation, (False, None)),
+            ("return_tensors", return_tensors, ("pt", None)),
+        ):
+            if value not in expected:
+                raise FlamingoError(f"processor: {name}={value!r}: expected {' or '.join(map(repr, expected))}")
+        for name, value in kwargs.items():  # pipelines and chat templates pass arguments that they do not use as None
+            if value is not None:
+                raise FlamingoError(f"processor: unexpected argument {name!r}")
+        if (documents is None) == (text is None) or (text is None and (images is not None or videos is not None)):
+            raise FlamingoError("processor: expected either documents, or text with images and videos")
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            nested = zip(
+                _for_each_text("images", images, len(texts), _is_image),
+                _for_each_text("videos", videos, len(texts), _is_video),
+                strict=True,
+            )
+            encodings = [
+                self._encode_text(each, *media, sample, bos=add_special_tokens)
+                for sample, (each, media) in enumerate(zip(texts, nested, strict=True))
+            ]
+        else:
+            several = [documents] if isinstance(documents, Document) else list(documents or ())
+            encodings = [self.encode(document, bos=add_special_tokens) for document in several]
+        lengths = sorted({len(encoding.input_ids) for encoding in encodings})
+        if not padding and len(lengths) > 1:
+            raise FlamingoError(f"processor: padding=False: expected rows of one length, got {lengths} tokens")
+        batch = self.collate(encodings, padding_side)
+        if text is not None:
+            del batch["labels"]
+        return batch
+
+    def _encode_text(self, text: str, images: list[Any], videos: list[Any], sample: int, *, bos: bool) -> Encoding:
+        """A text as it is; its marks are filled in order."""
+        marks = re.findall(f"{IMAGE_TOKEN}|{VIDEO_MARK}", text)
+        for kind, mark, given in (("image", IMAGE_TOKEN, images), ("video", VIDEO_MARK, videos)):
+            if marks.count(mark) != len(given):
+                raise FlamingoError(
+                    f"found {marks.count(mark)} {kind} tokens but received {len(given)} {kind}s (sample {sample})"
+                )
+        where = f"of sample {sample}"
+        media: dict[str, Iterator[Medium]] = {
+            IMAGE_TOKEN: iter([_as_image(image, f"image {n} {where}") for n, image in enumerate(images)]),
+            VIDEO_MARK: iter([_as_video(video, f"video {n} {where}") for n, video in enumerate(videos)]),
+        }
+        text = text.replace(VIDEO_MARK, IMAGE_TOKEN)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        in_order = tuple(next(media[mark]) for mark in marks)
+        return self._finish(ids, [IGNORED] * len(ids), in_order, text, str(sample), bos=bos, eos=False)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `forward` and `generate` take from a batch of prompts."""
+        return ["input_ids", "attention_mask", "pixel_values", "media_per_sample"]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """As the tokenizer's."""
@@ -216,11 +329,50 @@ class FlamingoProcessor(ProcessorMixin):
         return self.tokenizer.decode(*args, **kwargs)
 
 
-def _as_image(picture: Any) -> Image:
-    if isinstance(picture, Image):
-        return picture
-    if not isinstance(picture, PilImage.Image):
-        raise FlamingoError(f"processor: expected a PIL image or flamingo.Image, got {type(picture).__name__}")
+def _is_image(given: Any) -> bool:
+    return isinstance(given, (Image, PilImage.Image, str, Path, bytes))
+
+
+def _is_video(given: Any) -> bool:
+    return isinstance(given, Video) or (
+        isinstance(given, (list, tuple)) and len(given) > 0 and all(_is_image(frame) for frame in given)
+    )
+
+
+def _for_each_text(name: str, given: Any, texts: int, is_medium: Callable[[Any], bool]) -> list[list[Any]]:
+    """A list of media for each text, from none at all, one medium, a flat list, or one list or None a text."""
+    if given is None or given in ([], ()):
+        return [[] for _ in range(texts)]
+    several = [given] if is_medium(given) or not isinstance(given, (list, tuple)) else list(given)
+    if all(is_medium(each) for each in several):
+        several = [several] if texts == 1 else [[each] for each in several]
+    if len(several) != texts or not all(each is None or isinstance(each, (list, tuple)) for each in several):
+        raise FlamingoError(f"processor: {name}: expected a list for each of {texts} texts")
+    return [list(each or []) for each in several]
+
+
+def _as_image(given: Any, name: str) -> Image:
+    if isinstance(given, Image):
+        return given
+    if isinstance(given, bytes):
+        return Image(given, name)
+    if isinstance(given, (str, Path)):
+        try:
+            return Image(Path(given).read_bytes(), str(given))
+        except OSError as error:
+            raise FlamingoError(f"{name}: {given}: expected the path of an image file ({error.strerror})") from error
+    if not isinstance(given, PilImage.Image):
+        raise FlamingoError(
+            f"{name}: expected a PIL image, a path, bytes or flamingo.Image, got {type(given).__name__}"
+        )
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return Image(buffer.getvalue(), "image.png")
+    ImageOps.exif_transpose(given).convert("RGB").save(buffer, "PNG")  # PNG keeps neither all modes nor orientation
+    return Image(buffer.getvalue(), name)
+
+
+def _as_video(given: Any, name: str) -> Video:
+    if isinstance(given, Video):
+        return given
+    if not _is_video(given):
+        raise FlamingoError(f"{name}: expected flamingo.Video or a list of frames, got {type(given).__name__}")
+    return Video(tuple(_as_image(frame, f"frame {n} of {name}") for n, frame in enumerate(given)))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 from transformers import initialization as init
 
+from flamingo.lean import add_feed_forward
+
 
 def feed_forward(width: int, mult: int) -> nn.Sequential:
     """LayerNorm → linear → GELU → linear, without biases but the norm's."""
@@ -85,11 +87,11 @@ class PerceiverResampler(nn.Module):
         if self.frame_embeddings is not None:
             media = media + rearrange(self._frames(media.shape[1]), "f d -> f 1 d")
         media = rearrange(media, "n f v d -> n (f v) d")
-        latents = repeat(self.latents, "r d -> n r d", n=media.shape[0])
+        latents: Tensor = repeat(self.latents, "r d -> n r d", n=media.shape[0])
         for layer in self.layers:
-            attention, mlp = cast(nn.ModuleList, layer)
+            attention, mlp = cast(tuple[PerceiverAttention, nn.Sequential], layer)
             latents = attention(media, latents) + latents
-            latents = mlp(latents) + latents
+            latents = add_feed_forward(latents, mlp, media.new_ones(1))
         return self.norm(latents)
 
     def _frames(self, frames: int) -> Tensor:

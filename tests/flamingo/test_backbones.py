@@ -139,6 +139,7 @@ def test_mpt_with_qk_layernorm_is_refused(tmp_path: Path) -> None:
     vision, language = save_backbones(tmp_path, "mpt")
     config = MptConfig.from_pretrained(language)
     config.attn_config.qk_ln = True
+    config.auto_map = {"AutoConfig": "own.Config"}  # code that is there but may not run
     config.save_pretrained(language)
     with pytest.raises(FlamingoError, match="qk_ln"):
         from_backbones(vision, language)
