@@ -105,7 +105,8 @@ class MediaSlots:
         """
         rows = flat
         if flat.shape[0] != self.samples * self.slots:
-            rows = flat.new_zeros(self.samples * self.slots, *flat.shape[1:]).index_copy(0, self.index, flat)
+            # Unlike index_copy, index_put does not keep `flat` for the backward pass.
+            rows = flat.new_zeros(self.samples * self.slots, *flat.shape[1:]).index_put((self.index,), flat)
         return rearrange(rows, "(b s) r h c -> b h (s r) c", b=self.samples)
 
     def visible(self, media_first: Tensor, media_last: Tensor, latents: int) -> Tensor:

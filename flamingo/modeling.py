@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from flamingo.configuration import FlamingoConfig
@@ -274,7 +275,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         media, frames = pixel_values.shape[:2]
         if media == 0:  # towers reshape with −1, which zero images leave undefined
-            return self.resampler(self.resampler.latents.new_zeros(0, frames, 1, self.config.vision_width))
+            # On the images' device: the resampler may be offloaded.
+            dtype = self.resampler.latents.dtype
+            return self.resampler(pixel_values.new_zeros(0, frames, 1, self.config.vision_width, dtype=dtype))
         tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
         with torch.set_grad_enabled(tower_trains):
             images = rearrange(pixel_values, "n f c h w -> (n f) c h w")
@@ -353,7 +356,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise FlamingoError("expected one of pixel_values, media_latents and media_memory")
         if media_memory is None:
             if media_latents is None:
-                media_latents = self._no_latents() if pixel_values is None else self.encode_media(pixel_values)
+                media_latents = self._no_latents(input_ids) if pixel_values is None else self.encode_media(pixel_values)
             media_memory = self.remember_media(media_latents)
         counts = self._count_marks(input_ids)
         if media_per_sample is None:
@@ -448,9 +451,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _count_marks(self, input_ids: Tensor) -> Tensor:
         return input_ids.eq(self.config.image_token_id).sum(dim=1)
 
-    def _no_latents(self) -> Tensor:
+    def _no_latents(self, input_ids: Tensor) -> Tensor:
         latents = self.resampler.latents
-        return latents.new_zeros(0, *latents.shape)
+        return latents.new_zeros(0, *latents.shape, device=input_ids.device)  # its own may be offloaded
 
     def _mask_unused(self, logits: Tensor) -> Tensor:
         """−inf for the ids that no token has: padding rows of the LM's embedding."""
@@ -471,7 +474,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values, latents = kwargs.pop("pixel_values", None), kwargs.pop("media_latents", None)
         if kwargs.get("media_memory") is None:
             if latents is None:
-                latents = self._no_latents() if pixel_values is None else self.encode_media(pixel_values)
+                latents = self._no_latents(input_ids) if pixel_values is None else self.encode_media(pixel_values)
             kwargs["media_memory"] = self.remember_media(latents)
         if kwargs.get("media_per_sample") is None:
             kwargs["media_per_sample"] = self._count_marks(input_ids)
@@ -494,6 +497,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.takes_positions:
             prepared.pop("position_ids", None)
         return prepared
+
+    def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
+        """For a static cache, as the LM makes them: BLOOM's alibi wants a mask of its own."""
+        make = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
+        return make(config=self.language_model.config, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
