@@ -3,8 +3,8 @@
     python benchmarks/training_step.py [--quick] [--json FILE] [--shape 3b --device cuda --dtype bfloat16 --peak TFLOPS]
 
 Eight sequences like those of MMC4, of 256 tokens with 1 to 6 images (3 on average). Both sides start from the same
-weights, get the same sequences, train the same tensors with the same optimizer (open_flamingo's: AdamW, decay for the
-gated blocks alone, gradients clipped at 1) and take steps in turn, each in a process of its own. Ours is fed flat
+weights, get the same sequences, train the same tensors by the same rule (open_flamingo's: AdamW, decay for the gated
+blocks alone, gradients clipped at 1) and take steps in turn, each in a process of its own. Ours is fed flat
 images; open_flamingo is fed as its loader feeds it, with images padded to 6 a sample, and trains as its trainer does,
 with a masked gradient of the whole embedding.
 
@@ -43,7 +43,8 @@ class Trainee:
         decayed = [p for n, p in self.parameters.items() if "cross_attention" in n or "gated_cross_attn" in n]
         others = [p for p in self.parameters.values() if all(p is not each for each in decayed)]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4)
+        # Each as its own trainer has it: `train.optim` takes the fused kernel, open_flamingo's the default.
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=None if self.peer else True)
         self.load(COUNTS, tokens)
 
     def load(self, counts: tuple[int, ...], tokens: int) -> None:
