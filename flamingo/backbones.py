@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -26,7 +27,7 @@ from transformers import (
 from flamingo.configuration import FlamingoConfig
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256
-from flamingo.modeling import FlamingoForConditionalGeneration
+from flamingo.modeling import FlamingoForConditionalGeneration, check_names
 from flamingo.packing import check_packing
 from flamingo.processing import END_OF_CHUNK, IMAGE_TOKEN, FlamingoProcessor
 
@@ -108,7 +109,11 @@ def load_vision(
     with _loading(path):
         config = AutoConfig.from_pretrained(path, **common)
         config = getattr(config, "vision_config", config)
-        tower = AutoModel.from_pretrained(path, config=config, dtype=dtype, weights_only=True, **common)
+        tower, info = AutoModel.from_pretrained(
+            path, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **common
+        )
+        # Whatever pools the patch tokens is not used, and many checkpoints lack it.
+        check_names(path, [name for name in info["missing_keys"] if not re.search(r"pooler|head\.", name)], [])
         return tower, AutoImageProcessor.from_pretrained(path, backend="pil", **common)
 
 
@@ -125,7 +130,10 @@ def load_language(
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _loading(path):
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, weights_only=True, **kernel, **common)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, weights_only=True, output_loading_info=True, **kernel, **common
+        )
+        check_names(path, info["missing_keys"], [])
         if ignores_qk_norm(lm):
             raise FlamingoError(
                 f"{path}: attn_config.qk_ln is set (MPT-1B), but transformers' MPT has no QK LayerNorm and would be "
@@ -142,13 +150,13 @@ def ignores_qk_norm(language_model: PreTrainedModel) -> bool:
 
 
 def _origin(name: str | Path, backbone: PreTrainedModel) -> dict[str, Any]:
-    """Where a backbone came from: a package or hub id as given, a folder with its whole path."""
-    if str(name).startswith(PACKAGED):
-        return {"name": str(name), "revision": None}
+    """Where a backbone came from: a folder with its whole path and SHA-256, a hub id with its commit."""
     path = Path(backbone_path(name))
-    if path.is_dir():
-        return {"name": str(path.resolve()), "revision": None}
-    return {"name": str(name), "revision": getattr(backbone.config, "_commit_hash", None)}
+    if not path.is_dir():
+        revision = getattr(backbone.config, "_commit_hash", None)
+        return {"name": str(name), "revision": revision, "sha256": None}
+    place = str(name) if str(name).startswith(PACKAGED) else str(path.resolve())
+    return {"name": place, "revision": None, "sha256": backbone_identity(name)}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from flamingo.errors import FlamingoError
 
@@ -30,7 +30,10 @@ class FlamingoConfig(PretrainedConfig):
         freeze_vision, freeze_language: whether the backbones stay as they are.
         open_flamingo_compatible: train what open_flamingo trains: an untied LM's new output rows stay frozen.
         replaced: names of backbone parameters whose values are not the backbone's, as Otter's checkpoints have them.
-        backbones: for `vision` and `language`, the `name` (folder or hub id) it was loaded from, and its `revision`.
+        backbones: for `vision` and `language`, the `name` (folder or hub id) it was loaded from, and its `revision`
+            there or the `sha256` of its files.
+        backbone_dtypes: for `vision` and `language`, the precision in which it was saved; Flamingo's own parts may have
+            another.
         packing: rows may hold several documents; building checks that the LM keeps them apart (`flamingo.packing`).
     """
 
@@ -64,6 +67,7 @@ class FlamingoConfig(PretrainedConfig):
         packing: bool = False,
         replaced: list[str] | None = None,
         backbones: dict[str, dict[str, Any]] | None = None,
+        backbone_dtypes: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         if media_attention not in MEDIA_ATTENTION:
@@ -94,6 +98,7 @@ class FlamingoConfig(PretrainedConfig):
         self.packing = packing
         self.replaced = sorted(replaced or [])
         self.backbones = dict(backbones or {})
+        self.backbone_dtypes = dict(backbone_dtypes or {})
         if self.text_config is not None:
             kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
@@ -116,5 +121,7 @@ def _as_config(config: PretrainedConfig | dict[str, Any] | None) -> PretrainedCo
     if isinstance(config, dict):
         if "model_type" not in config:
             raise FlamingoError("backbone configuration without `model_type`: expected the dictionary of a config.json")
+        if config["model_type"] not in CONFIG_MAPPING:  # code of its own, which only `from_trained` may be told to run
+            return PretrainedConfig(**config)
         return AutoConfig.for_model(**config)
     return config

@@ -97,10 +97,11 @@ def load(options: Options, read: str) -> tuple[FlamingoForConditionalGeneration,
     if read == "flamingo":
         kind, path = FlamingoForConditionalGeneration, options.checkpoint
         if (Path(path) / TRAINED).exists():
-            model = kind.from_trained(path, vision=options.vision, language=options.language)
+            backbones = {"vision": options.vision, "language": options.language}
+            model = kind.from_trained(path, **backbones, trust_remote_code=options.trust_remote_code)
         else:
             model = kind.from_pretrained(path)
-        return model, FlamingoProcessor.from_pretrained(path)
+        return model, FlamingoProcessor.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     if options.vision is None or options.language is None:
         raise FlamingoError(f"--from {read}: expected --vision and --language, the backbones of the checkpoint")
     loader = open_flamingo.from_open_flamingo if read == "open_flamingo" else otter.from_otter

@@ -52,7 +52,7 @@ class GatedCrossAttention(GradientCheckpointingLayer):
     def project_media(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """`latents` (N, R, D) → keys and values, each (N, R, H, C)."""
         weight = self.attn.to_kv.weight
-        if not weight.is_meta:  # a model spread over devices: blocks stand beside their decoder layers
+        if not weight.is_meta:  # in a model spread over devices, latents and blocks may lie on different ones
             latents = latents.to(weight.device)
         key, value = rearrange(
             self.attn.to_kv(latents), "n r (two h c) -> two n r h c", two=2, h=self.attn.heads

@@ -20,7 +20,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 def add_feed_forward(stream: Tensor, ff: nn.Sequential, scale: Tensor) -> Tensor:
     """`stream` (…, D) + `scale` (1,) · `ff(stream)`, for a `feed_forward` of LayerNorm, linear, GELU, linear."""
-    if _plain():
+    if _plain(*ff):
         return stream + scale * ff(stream)
     norm, up, _, down = cast(tuple[nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear], tuple(ff))
     return _AddFeedForward.apply(stream, norm.weight, norm.bias, up.weight, down.weight, scale, norm.eps)
@@ -28,13 +28,25 @@ def add_feed_forward(stream: Tensor, ff: nn.Sequential, scale: Tensor) -> Tensor
 
 def add_linear(stream: Tensor, branch: Tensor, projection: nn.Linear, scale: Tensor) -> Tensor:
     """`stream` (…, D) + `scale` (1,) · `projection(branch)`, for a linear layer without bias."""
-    if _plain():
+    if _plain(projection):
         return stream + scale * projection(branch)
     return _AddLinear.apply(stream, branch, projection.weight, scale)
 
 
-def _plain() -> bool:
-    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _plain(*modules: nn.Module) -> bool:
+    """Whether to call the modules: where they are more than their weights, by adapters, hooks or offloading."""
+    return (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or any(
+            type(module) not in (nn.LayerNorm, nn.Linear, nn.GELU)
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or "forward" in vars(module)
+            or any(parameter.is_meta for parameter in module.parameters())
+            for module in modules
+        )
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 ROWS = 256  # positions whose softmax is taken at once, in float32 beside the logits
 
@@ -48,6 +49,8 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor, used: int) -> Tenso
         targets: ids below `used`.
         used: the first `used` logits take part, the others belong to no token.
     """
+    if logits.dtype == torch.float16:  # too narrow to hold a gradient before the loss scale is known
+        return cross_entropy(logits[:, :used].float(), targets, reduction="none")
     return _LossInPlace.apply(logits, targets, min(used, logits.shape[1]))
 
 

@@ -57,7 +57,12 @@ def visible_media(
 
     Returns:
         `media_first`, `media_last`, each (B, T) int64: 1-based and inclusive, both 0 where the token sees nothing.
+
+    Raises:
+        FlamingoError: where `media_attention` is none of these.
     """
+    if media_attention not in ("previous", "all", "next"):
+        raise FlamingoError(f"media_attention={media_attention!r}: expected previous, all or next")
     is_media = input_ids == image_token_id
     seen = is_media.long().cumsum(dim=1)
     starts = torch.zeros_like(is_media)
@@ -88,11 +93,16 @@ class MediaSlots:
     slots: int
 
     @staticmethod
-    def of(media_per_sample: Tensor, media: int) -> MediaSlots:
-        """Slots for `media_per_sample` (B,), which add up to `media`, flat and in reading order."""
+    def of(media_per_sample: Tensor, media: int, most: int | None = None) -> MediaSlots:
+        """Slots for `media_per_sample` (B,), which add up to `media`, flat and in reading order.
+
+        Args:
+            most: the most media of a sample, where it is known. Else it is asked for, except in a compiled graph,
+                where no shape may depend on values: there each sample gets a slot for every medium.
+        """
         samples = media_per_sample.shape[0]
-        # A compiled graph may not have shapes that depend on values: there each sample gets a slot for every medium.
-        most = media if torch.compiler.is_compiling() or not samples else int(media_per_sample.max())
+        if most is None:
+            most = media if torch.compiler.is_compiling() or not samples else int(media_per_sample.max())
         sample = torch.repeat_interleave(media_per_sample, output_size=media)
         starts = media_per_sample.cumsum(0) - media_per_sample
         order = torch.arange(media, device=sample.device) - starts[sample]
@@ -106,7 +116,8 @@ class MediaSlots:
         rows = flat
         if flat.shape[0] != self.samples * self.slots:
             # Unlike index_copy, index_put does not keep `flat` for the backward pass.
-            rows = flat.new_zeros(self.samples * self.slots, *flat.shape[1:]).index_put((self.index,), flat)
+            rows = flat.new_zeros(self.samples * self.slots, *flat.shape[1:])
+            rows = rows.index_put((self.index.to(flat.device),), flat)
         return rearrange(rows, "(b s) r h c -> b h (s r) c", b=self.samples)
 
     def visible(self, media_first: Tensor, media_last: Tensor, latents: int) -> Tensor:
@@ -132,8 +143,8 @@ class MediaMemory:
     def select(self, index: Tensor) -> MediaMemory:
         """The media at `index` (M,), in that order and with repeats."""
         return MediaMemory(
-            tuple(key.index_select(0, index) for key in self.keys),
-            tuple(value.index_select(0, index) for value in self.values),
+            tuple(key.index_select(0, index.to(key.device)) for key in self.keys),
+            tuple(value.index_select(0, index.to(value.device)) for value in self.values),
         )
 
     def contiguous(self) -> MediaMemory:

@@ -51,6 +51,7 @@ class FlamingoOutput(ModelOutput):
         past_key_values: the LM's cache.
         sample_losses: (B,) summed negative log-likelihood of each sample's supervised tokens; with labels only.
         sample_tokens: (B,) number of supervised tokens of each sample; with labels only.
+        hidden_states, attentions: the LM's, where `output_hidden_states` or `output_attentions` ask for them.
     """
 
     loss: Tensor | None = None
@@ -58,6 +59,8 @@ class FlamingoOutput(ModelOutput):
     past_key_values: Any = None
     sample_losses: Tensor | None = None
     sample_tokens: Tensor | None = None
+    hidden_states: Any = None
+    attentions: Any = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = FlamingoConfig
     config: FlamingoConfig
     row_of: Tensor
+    new_ids: Tensor
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -114,7 +118,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ff_mult=config.resampler_ff_mult,
             max_frames=config.resampler_max_frames,
         )
-        embedding, head = self._embedding(), self.language_model.get_output_embeddings()
+        embedding, head = self.get_input_embeddings(), self.language_model.get_output_embeddings()
         layers = decoder_layers(self.language_model, config.decoder_layers)
         conditioned = [k for k in range(len(layers)) if (k + 1) % config.cross_attention_every == 0]
         if not conditioned:
@@ -141,6 +145,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         row_of = torch.full((max([config.vocab_size or 0, *[i + 1 for i in config.new_token_ids]]),), -1)
         row_of[config.new_token_ids] = torch.arange(new)
         self.register_buffer("row_of", row_of, persistent=False)
+        self.register_buffer("new_ids", torch.tensor(config.new_token_ids, dtype=torch.long), persistent=False)
 
         self._conditioning: _Conditioning | None = None
         for block, k in enumerate(conditioned):
@@ -174,6 +179,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             row_of = torch.full_like(self.row_of, -1)
             row_of[self.config.new_token_ids] = torch.arange(len(self.config.new_token_ids), device=row_of.device)
             init.copy_(self.row_of, row_of)
+            init.copy_(self.new_ids, torch.tensor(self.config.new_token_ids, device=row_of.device))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -184,17 +190,44 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("ignore_mismatched_sizes", None)
-        if args and (Path(args[0]) / TRAINED).exists():
-            raise FlamingoError(f"{args[0]}: holds what was trained alone; load it with `from_trained`")
-        source = str(args[0]) if args else "model"
+        source = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        if (Path(source) / TRAINED).exists():
+            raise FlamingoError(f"{source}: holds what was trained alone; load it with `from_trained`")
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the message is ours
         model, info = super().from_pretrained(*args, **options, **kwargs)
         shapes = [f"{name} {tuple(found)} (for {tuple(own)})" for name, found, own in info["mismatched_keys"]]
         check_names(source, info["missing_keys"], [*info["unexpected_keys"], *shapes])
+        if not kwargs.keys() & {"dtype", "torch_dtype", "device_map"}:  # each part in the precision it was saved in
+            for part, dtype in model.config.backbone_dtypes.items():
+                model.backbones()[part].to(getattr(torch, dtype))
         model.prepare_backbones()
         if model.config.packing:
             check_packing(model)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.save_pretrained`; the configuration says in which precision each backbone is.
+
+        Raises:
+            FlamingoError: where a backbone runs code that came with it, which such a folder would lack.
+        """
+        for part in self.backbones().values():
+            if type(part).__module__.startswith("transformers_modules."):
+                raise FlamingoError(
+                    f"save_pretrained: {type(part).__name__} came with code of its own; use `save_trained`, which "
+                    "takes it from where it is"
+                )
+        self.note_precision()
+        return super().save_pretrained(*args, **kwargs)
+
+    def backbones(self) -> dict[str, PreTrainedModel]:
+        """Both backbones: `vision` and `language`."""
+        return {"vision": self.vision_tower, "language": self.language_model}
+
+    def note_precision(self) -> None:
+        """Write into the configuration in which precision each backbone is."""
+        dtypes = {part: str(backbone.dtype).removeprefix("torch.") for part, backbone in self.backbones().items()}
+        self.config.backbone_dtypes = dtypes
 
     def save_trained(self, folder: str | Path) -> None:
         """Write what Flamingo trains, its configuration, and the identity of both backbones (`flamingo.trained`)."""
@@ -209,10 +242,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         return from_trained(folder, **options)
 
-    def _embedding(self) -> nn.Embedding:
-        return self.language_model.get_input_embeddings()
-
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The LM's own embedding; new tokens stand beside it in `new_input_rows`."""
         return self.language_model.get_input_embeddings()
 
@@ -274,11 +304,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (media, frames, channels, height, width)"
             )
         media, frames = pixel_values.shape[:2]
+        tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
         if media == 0:  # towers reshape with −1, which zero images leave undefined
             # On the images' device: the resampler may be offloaded.
             dtype = self.resampler.latents.dtype
-            return self.resampler(pixel_values.new_zeros(0, frames, 1, self.config.vision_width, dtype=dtype))
-        tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
+            tokens = pixel_values.new_zeros(0, frames, 1, self.config.vision_width, dtype=dtype)
+            if tower_trains:  # every parameter of a step gets a gradient
+                tokens = tokens + 0.0 * sum(each.sum() for each in self.vision_tower.parameters()).to(tokens)
+            return self.resampler(tokens)
         with torch.set_grad_enabled(tower_trains):
             images = rearrange(pixel_values, "n f c h w -> (n f) c h w")
             images = images.to(self.vision_tower.dtype, memory_format=torch.channels_last)
@@ -296,8 +329,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """`input_ids` (B, T) → (B, T, D): rows of the LM's table, or of the new tokens'."""
-        embedding = self._embedding()
-        row = self._rows(input_ids)
+        embedding = self.get_input_embeddings()
+        row = self.row_of.to(input_ids.device)[input_ids]
         known = embedding(input_ids.masked_fill(row >= 0, 0))
         if self.new_input_rows.shape[0] == 0:
             return known
@@ -305,12 +338,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         new = self.new_input_rows[row.clamp(min=0)].to(known) * getattr(embedding, "embed_scale", 1.0)
         return torch.where((row >= 0)[..., None].to(known.device), new, known)
 
-    def _rows(self, input_ids: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and input_ids.numel():
-            largest = int(input_ids.max())
-            if largest >= self.row_of.shape[0] or int(input_ids.min()) < 0:
-                raise FlamingoError(f"input_ids: found id {largest}, expected ids from 0 to {self.row_of.shape[0] - 1}")
-        return self.row_of.to(input_ids.device)[input_ids]
+    def _check_ids(self, input_ids: Tensor) -> None:
+        largest = int(input_ids.max()) if input_ids.numel() else 0
+        if largest >= self.row_of.shape[0] or largest < 0:
+            raise FlamingoError(f"input_ids: found id {largest}, expected ids from 0 to {self.row_of.shape[0] - 1}")
 
     def forward(
         self,
@@ -326,10 +357,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         media_last: Tensor | None = None,
         documents: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        media_slots: int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> FlamingoOutput:
+    ) -> Any:
         """One pass over interleaved text and media.
 
         Args:
@@ -346,25 +380,35 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             documents: (B, T) number of each token's document in packed rows, from 1 and not falling, 0 for padding:
                 documents see neither one another's text nor media. Needs a model built with `packing=True`.
             labels: (B, T) ids aligned with `input_ids`, −100 where unsupervised; shifted here.
-            use_cache: whether the output carries a cache.
+            num_items_in_batch: what the summed loss is divided by, instead of the supervised tokens of this batch
+                (transformers' Trainer gives those of all accumulated batches).
+            media_slots: the most media of any sample, where the caller knows it: a compiled graph, which may not ask,
+                otherwise has a slot for every medium of the batch in every sample.
+            use_cache: whether the output carries a cache; never with labels.
             logits_to_keep: k > 0 makes logits for the last k positions alone.
+            return_dict: False gives a tuple.
+            kwargs: further arguments of the LM's forward.
 
         Raises:
             FlamingoError: where numbers of media and of `<image>` differ, or an argument has another shape.
+
+        Returns:
+            `FlamingoOutput`.
         """
         if sum(given is not None for given in (pixel_values, media_latents, media_memory)) > 1:
             raise FlamingoError("expected one of pixel_values, media_latents and media_memory")
-        if media_memory is None:
-            if media_latents is None:
-                media_latents = self._no_latents(input_ids) if pixel_values is None else self.encode_media(pixel_values)
-            media_memory = self.remember_media(media_latents)
+        media = next((len(given) for given in (pixel_values, media_latents, media_memory) if given is not None), 0)
+        continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         counts = self._count_marks(input_ids)
         if media_per_sample is None:
             media_per_sample = counts
-        if not torch.compiler.is_compiling():
-            check_media(media_per_sample, len(media_memory), None if media_last is not None else counts)
+        if not torch.compiler.is_compiling() and not continues:
+            self._check_ids(input_ids)
+            check_media(media_per_sample, media, counts)
+        if media_memory is None:
+            media_memory = self._remember(pixel_values, media_latents, input_ids)
         if media_first is None or media_last is None:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            if continues:
                 raise FlamingoError("media_first and media_last: expected with the cache of an earlier pass")
             media_first, media_last = visible_media(
                 input_ids,
@@ -402,7 +446,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 positions = supervised[:, 0] * labels.shape[1] + supervised[:, 1]
         in_place = supervised is not None and torch.is_grad_enabled()
 
-        slots = MediaSlots.of(media_per_sample, len(media_memory))
+        slots = MediaSlots.of(media_per_sample, len(media_memory), media_slots)
         visible = slots.visible(media_first, media_last, media_memory.keys[0].shape[1])
         sees = visible.any(dim=-1, keepdim=True)
         self._conditioning = _Conditioning(media_memory, slots, visible | ~sees, sees, positions, in_place)
@@ -411,49 +455,64 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds=self.embed_tokens(input_ids),
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
+                use_cache=use_cache if labels is None else False,
                 **kwargs,
             )
         finally:
             self._conditioning = None
-        past_key_values = output.get("past_key_values")
+        made: dict[str, Any]
         if labels is None or targets is None:
-            return FlamingoOutput(logits=self._mask_unused(output.logits), past_key_values=past_key_values)
-        if supervised is None:
-            return self._compiled_loss(self._mask_unused(output.logits), targets)
-        sample, logits = supervised[:, 0], output.logits.squeeze(0)
-        targets = targets[sample, supervised[:, 1]]
-        if in_place:
-            losses, logits = negative_log_likelihood(logits, targets, self.row_of.shape[0]), None
+            made = {"logits": self._mask_unused(output.logits), "past_key_values": output.get("past_key_values")}
+        elif supervised is None:
+            made = self._compiled_loss(self._mask_unused(output.logits), targets)
         else:
-            logits = self._mask_unused(logits)
-            losses = cross_entropy(logits.float(), targets, reduction="none")
-        zeros = losses.new_zeros(labels.shape[0])
-        return FlamingoOutput(
-            loss=losses.sum() / max(1, losses.shape[0]),
-            logits=logits,
-            sample_losses=zeros.index_add(0, sample, losses),
-            sample_tokens=zeros.long().index_add(0, sample, torch.ones_like(sample)),
-        )
+            made = self._loss(output.logits.squeeze(0), targets, supervised, in_place)
+        if labels is not None:
+            made["loss"] = made["sample_losses"].sum() / (
+                made["sample_tokens"].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            )
+        inside = {name: output.get(name) for name in ("hidden_states", "attentions")}
+        made_output = FlamingoOutput(**made, **inside)
+        return made_output.to_tuple() if return_dict is False else made_output
 
-    def _compiled_loss(self, logits: Tensor, targets: Tensor) -> FlamingoOutput:
-        """The loss from logits (B, T, V) of all positions: in a compiled graph no shape may depend on the labels."""
+    def _loss(self, logits: Tensor, targets: Tensor, supervised: Tensor, in_place: bool) -> dict[str, Any]:
+        """From logits (S, V) of the positions `supervised` (S, 2) of `targets` (B, T − 1)."""
+        sample = supervised[:, 0]
+        target = targets[sample, supervised[:, 1]].to(logits.device)
+        kept = None
+        if in_place:
+            losses = negative_log_likelihood(logits, target, self.row_of.shape[0])
+        else:
+            kept = self._mask_unused(logits)
+            losses = cross_entropy(kept.float(), target, reduction="none")
+        sample = sample.to(losses.device)
+        zeros = losses.new_zeros(targets.shape[0])
+        return {
+            "logits": kept,
+            "sample_losses": zeros.index_add(0, sample, losses),
+            "sample_tokens": zeros.long().index_add(0, sample, torch.ones_like(sample)),
+        }
+
+    def _compiled_loss(self, logits: Tensor, targets: Tensor) -> dict[str, Any]:
+        """From logits (B, T, V) of all positions: in a compiled graph no shape may depend on the labels."""
         flat = rearrange(logits[:, :-1], "b t v -> (b t) v").float()
         losses = cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=IGNORED).view_as(targets)
-        tokens = (targets != IGNORED).sum(dim=1)
-        return FlamingoOutput(
-            loss=losses.sum() / tokens.sum().clamp(min=1),
-            logits=logits,
-            sample_losses=losses.sum(dim=1),
-            sample_tokens=tokens,
-        )
+        return {
+            "logits": logits,
+            "sample_losses": losses.sum(dim=1),
+            "sample_tokens": (targets != IGNORED).sum(dim=1),
+        }
 
     def _count_marks(self, input_ids: Tensor) -> Tensor:
         return input_ids.eq(self.config.image_token_id).sum(dim=1)
 
-    def _no_latents(self, input_ids: Tensor) -> Tensor:
-        latents = self.resampler.latents
-        return latents.new_zeros(0, *latents.shape, device=input_ids.device)  # its own may be offloaded
+    def _remember(self, pixel_values: Tensor | None, media_latents: Tensor | None, input_ids: Tensor) -> MediaMemory:
+        """Keys and values of the media in either form; of none, through the resampler all the same, for its graph."""
+        if media_latents is None:
+            if pixel_values is None:
+                pixel_values = torch.zeros(0, 1, 1, 1, 1, device=input_ids.device)
+            media_latents = self.encode_media(pixel_values)
+        return self.remember_media(media_latents)
 
     def _mask_unused(self, logits: Tensor) -> Tensor:
         """−inf for the ids that no token has: padding rows of the LM's embedding."""
@@ -465,21 +524,41 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- generation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; takes the media arguments of `forward` and encodes each medium once.
 
-        `<image>` is never generated.
+        `<image>` is never generated. To go on from a cache, give all ids, those that the cache holds too.
+
+        Raises:
+            FlamingoError: where media do not fit the marks, and for an assistant or a prompt read in pieces
+                (`prefill_chunk_size`), in which marks would be counted from the start of each piece.
         """
-        input_ids = kwargs["input_ids"] if inputs is None else inputs
+        input_ids = kwargs["input_ids"] if inputs is None and "input_ids" in kwargs else inputs
+        if input_ids is None:
+            raise FlamingoError("generate: expected input_ids")
+        settings = generation_config or self.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if chunk is not None or kwargs.get("assistant_model") is not None:
+            raise FlamingoError("generate: expected neither prefill_chunk_size nor assistant_model")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and 0 < input_ids.shape[1] <= cache.get_seq_length():
+            raise FlamingoError(
+                f"input_ids: expected all ids, those of the {cache.get_seq_length()} tokens in past_key_values too, "
+                f"got {input_ids.shape[1]}"
+            )
         pixel_values, latents = kwargs.pop("pixel_values", None), kwargs.pop("media_latents", None)
-        if kwargs.get("media_memory") is None:
-            if latents is None:
-                latents = self._no_latents(input_ids) if pixel_values is None else self.encode_media(pixel_values)
-            kwargs["media_memory"] = self.remember_media(latents)
+        memory: MediaMemory | None = kwargs.get("media_memory")
+        media = next((len(given) for given in (pixel_values, latents, memory) if given is not None), 0)
+        counts = self._count_marks(input_ids)
         if kwargs.get("media_per_sample") is None:
-            kwargs["media_per_sample"] = self._count_marks(input_ids)
-        suppressed = set(kwargs.pop("suppress_tokens", None) or []) | {self.config.image_token_id}
-        return super().generate(inputs, suppress_tokens=sorted(suppressed), **kwargs)
+            kwargs["media_per_sample"] = counts
+        check_media(kwargs["media_per_sample"], media, counts)
+        if memory is None:
+            kwargs["media_memory"] = self._remember(pixel_values, latents, input_ids)
+        kwargs["media_slots"] = int(counts.max()) if len(counts) else 0
+        asked = kwargs.pop("suppress_tokens", None) or getattr(settings, "suppress_tokens", None) or []
+        suppressed = sorted({*asked, self.config.image_token_id})
+        return super().generate(inputs, generation_config, suppress_tokens=suppressed, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Visibility from all ids so far, cut to the tokens of this pass."""
@@ -524,7 +603,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Samples with fewer media get another's in the slots that they do not see.
         model_kwargs["media_memory"] = memory.select(index.clamp(0, len(memory) - 1).flatten()).contiguous()
         model_kwargs["media_per_sample"] = torch.full_like(counts, index.shape[1])
-        model_kwargs["media_settled"] = settled
+        model_kwargs["media_settled"], model_kwargs["media_slots"] = settled, index.shape[1]
         return model_kwargs
 
     @staticmethod
@@ -600,7 +679,7 @@ class _AppendNewTokens(_Hook):
         missing = max(ids) + 1 - logits.shape[-1]
         if missing > 0:
             logits = torch.cat((logits, logits.new_zeros(*logits.shape[:-1], missing)), dim=-1)
-        columns = torch.tensor(ids, device=logits.device)
+        columns = model.new_ids.to(logits.device)
         if now.in_place:
             return PutColumns.apply(logits, new, columns)
         return logits.index_copy(-1, columns, new)

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from flamingo.backbones import backbone_identity, backbone_path, load_language, load_vision
 from flamingo.configuration import FlamingoConfig
 from flamingo.errors import FlamingoError
+from flamingo.files import whole
 from flamingo.modeling import TRAINED, FlamingoForConditionalGeneration, check_names, trainable_names
 from flamingo.packing import check_packing
 
@@ -28,39 +29,49 @@ PARTS = {"vision": "vision_tower.", "language": "language_model."}
 def trained_tensors(model: FlamingoForConditionalGeneration, replaced: list[str]) -> dict[str, Tensor]:
     """The tensors of a model, by name, that are not its backbones': Flamingo's own, and the backbones' `replaced`."""
     return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
+        name: tensor
+        for name, tensor in model.state_dict().items()
         if not name.startswith(tuple(PARTS.values())) or name in replaced
     }
+
+
+def changed_names(model: FlamingoForConditionalGeneration) -> list[str]:
+    """Names of backbone tensors that are not the backbones' any more, or need not be.
+
+    They are those that train, the buffers beside them (running means), and those that a checkpoint replaced.
+    """
+    trained = {name for name in trainable_names(model) if name.startswith(tuple(PARTS.values()))}
+    parts = {prefix for prefix in PARTS.values() if any(name.startswith(prefix) for name in trained)}
+    buffers = {name for name, _ in model.named_buffers() if name.startswith(tuple(parts))} & model.state_dict().keys()
+    return sorted(trained | buffers | set(model.config.replaced))
 
 
 def save_trained(model: FlamingoForConditionalGeneration, folder: str | Path) -> None:
     """Write `config.json`, `generation_config.json` and `trained.safetensors` into `folder`.
 
-    Parameters of the backbones that train, or that a checkpoint replaced (`config.replaced`), are written too.
+    Tensors of the backbones that train, or that a checkpoint replaced (`config.replaced`), are written too. The
+    processor is saved beside it by `processor.save_pretrained(folder)`.
 
     Raises:
-        FlamingoError: where the model does not know where its backbones came from, or they are gone.
+        FlamingoError: where the model does not know where its backbones came from.
     """
     folder = Path(folder)
+    model.note_precision()
     config = copy.deepcopy(model.config)
     for part in PARTS:
-        origin = config.backbones.get(part)
-        if origin is None:
+        if part not in config.backbones:
             raise FlamingoError(
                 f"save_trained: config.backbones has no {part!r}; expected a model built by `from_backbones`, "
                 "or use `save_pretrained`"
             )
-        if origin["revision"] is None:
-            origin["sha256"] = backbone_identity(origin["name"])
-    backbone = {name for name in trainable_names(model) if name.startswith(tuple(PARTS.values()))}
-    config.replaced = sorted(backbone | set(config.replaced))
+    config.replaced = changed_names(model)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model, config.replaced).items()}
-    save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
+    with whole(folder / TRAINED) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
 def from_trained(
@@ -69,15 +80,18 @@ def from_trained(
     vision: str | Path | None = None,
     language: str | Path | None = None,
     trust_remote_code: bool = False,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    any_backbones: bool = False,
 ) -> FlamingoForConditionalGeneration:
     """Load what `save_trained` wrote over its backbones.
 
     Args:
         folder: as written.
         vision, language: where the backbones are now, if not where they were.
-        trust_remote_code, dtype, attn_implementation: as `flamingo.from_backbones` has them.
+        dtype: of the backbones; default: as they were.
+        trust_remote_code, attn_implementation: as `flamingo.from_backbones` has them.
+        any_backbones: take the backbones as they are, without comparing them.
 
     Raises:
         FlamingoError: where a backbone is missing, or has other contents than the one that the model was trained on
@@ -91,13 +105,20 @@ def from_trained(
     names = {
         part: given or config.backbones[part]["name"] for part, given in zip(PARTS, (vision, language), strict=True)
     }
-    faults = [fault for part, name in names.items() if (fault := _fault(part, name, config.backbones[part]))]
+    faults = [
+        fault
+        for part, name in names.items()
+        if (fault := _fault(part, name, config.backbones[part], compare=not any_backbones))
+    ]
     if faults:
         raise FlamingoError(f"{folder}: {'; '.join(faults)}")
     revisions = {part: config.backbones[part]["revision"] for part in PARTS}
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
-    tower, _ = load_vision(names["vision"], revisions["vision"], **common)
-    lm, _ = load_language(names["language"], revisions["language"], attn_implementation=attn_implementation, **common)
+    config.backbones = {part: {**config.backbones[part], "name": str(name)} for part, name in names.items()}
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    dtypes = {part: dtype or config.backbone_dtypes[part] for part in PARTS}
+    tower, _ = load_vision(names["vision"], revisions["vision"], dtype=dtypes["vision"], **common)
+    common["attn_implementation"] = attn_implementation
+    lm, _ = load_language(names["language"], revisions["language"], dtype=dtypes["language"], **common)
     kernels = {backbone: backbone.config._attn_implementation for backbone in (tower, lm)}
     config.vision_config, config.text_config = tower.config, lm.config
     for backbone, kernel in kernels.items():
@@ -111,15 +132,20 @@ def from_trained(
     return model.eval()
 
 
-def _fault(part: str, name: str | Path, origin: dict[str, Any]) -> str | None:
+def _fault(part: str, name: str | Path, origin: dict[str, Any], *, compare: bool) -> str | None:
     """What is wrong with a backbone, if anything."""
     try:
         path = Path(backbone_path(name))
     except FlamingoError:
         return f"the {part} backbone is missing: {name}; give its place as {part}=…"
-    wanted = origin.get("sha256")
-    if wanted is None or not path.is_dir():
+    wanted = origin["sha256"]
+    if not compare or (wanted is None and str(name) == origin["name"]):  # from the hub, by its revision
         return None
+    if wanted is None or not path.is_dir():
+        return (
+            f"the {part} backbone was {origin['name']}, and nothing tells whether {name} is the same; "
+            "any_backbones=True takes it"
+        )
     found = backbone_identity(name)
     if found == wanted:
         return None

@@ -1,4 +1,4 @@
-"""open_clip's ViT weights → a Hugging Face CLIPVisionModel, the tower of OpenFlamingo.
+"""open_clip's ViT weights ↔ a Hugging Face CLIPVisionModel, the tower of OpenFlamingo.
 
 open_clip keeps the names of `visual` in OpenAI's CLIP. Its last projection, into the space shared with texts, has no
 place in a CLIPVisionModel and is left out: no Flamingo uses it.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -19,17 +20,36 @@ from flamingo.errors import FlamingoError
 HEAD_WIDTH = 64
 """Channels of an attention head in every ViT of CLIP."""
 NAMES = (
-    (r"class_embedding", "embeddings.class_embedding"),
-    (r"conv1\.weight", "embeddings.patch_embedding.weight"),
-    (r"positional_embedding", "embeddings.position_embedding.weight"),
-    (r"ln_pre\.(weight|bias)", r"pre_layrnorm.\1"),  # transformers' spelling
-    (r"ln_post\.(weight|bias)", r"post_layernorm.\1"),
-    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.(weight|bias)", r"encoder.layers.\1.layer_norm\2.\3"),
-    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)", r"encoder.layers.\1.self_attn.out_proj.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)", r"encoder.layers.\1.mlp.fc1.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)", r"encoder.layers.\1.mlp.fc2.\2"),
+    ("class_embedding", "embeddings.class_embedding"),
+    ("conv1.weight", "embeddings.patch_embedding.weight"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    ("ln_pre.{kind}", "pre_layrnorm.{kind}"),  # transformers' spelling
+    ("ln_post.{kind}", "post_layernorm.{kind}"),
+    ("transformer.resblocks.{layer}.ln_{norm}.{kind}", "encoder.layers.{layer}.layer_norm{norm}.{kind}"),
+    ("transformer.resblocks.{layer}.attn.out_proj.{kind}", "encoder.layers.{layer}.self_attn.out_proj.{kind}"),
+    ("transformer.resblocks.{layer}.mlp.c_fc.{kind}", "encoder.layers.{layer}.mlp.fc1.{kind}"),
+    ("transformer.resblocks.{layer}.mlp.c_proj.{kind}", "encoder.layers.{layer}.mlp.fc2.{kind}"),
 )
-"""Patterns of open_clip's names, and the names in a CLIPVisionModel."""
+"""open_clip's names, and the names in a CLIPVisionModel"""
+FUSED = "transformer.resblocks.{layer}.attn.in_proj_{kind}"
+"""open_clip's name of what is three tensors here"""
+PROJECTION = "encoder.layers.{layer}.self_attn.{part}_proj.{kind}"
+FIELDS = {"layer": r"\d+", "norm": "[12]", "part": "[qkv]", "kind": "weight|bias"}
+"""what stands in the names"""
+
+
+def _fields(template: str, name: str) -> dict[str, str] | None:
+    """The fields of a name that is written after `template`."""
+    pattern = re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(template))
+    match = re.fullmatch(pattern, name)
+    return None if match is None else match.groupdict()
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    for template, other in pairs:
+        if (fields := _fields(template, name)) is not None:
+            return other.format(**fields)
+    return None
 
 
 def rename(tensors: Mapping[str, Tensor], source: str = "checkpoint") -> dict[str, Tensor]:
@@ -43,13 +63,11 @@ def rename(tensors: Mapping[str, Tensor], source: str = "checkpoint") -> dict[st
     visual = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
     renamed, unexpected = {}, []
     for name, tensor in (visual or tensors).items():
-        fused = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name)
-        found = [re.sub(pattern, ours, name) for pattern, ours in NAMES if re.fullmatch(pattern, name)]
-        if fused:
+        if fused := _fields(FUSED, name):
             for part, value in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"] = value
-        elif found:
-            renamed[found[0]] = tensor
+                renamed[PROJECTION.format(part=part, **fused)] = value
+        elif ours := _renamed(name, NAMES):
+            renamed[ours] = tensor
         elif name != "proj":
             unexpected.append(name)
     if unexpected or not renamed:
@@ -57,6 +75,28 @@ def rename(tensors: Mapping[str, Tensor], source: str = "checkpoint") -> dict[st
             f"{source}: expected the tensors of an open_clip ViT, found {', '.join(sorted(unexpected))}"
         )
     return renamed
+
+
+def restore(tensors: Mapping[str, Tensor], source: str = "vision tower") -> dict[str, Tensor]:
+    """The inverse of `rename`: all tensors of a CLIPVisionModel under the names of open_clip's `visual`.
+
+    Raises:
+        FlamingoError: where a tensor belongs to no CLIPVisionModel; it names the source and the tensors.
+    """
+    restored, unexpected = {}, []
+    for name, tensor in tensors.items():
+        if fields := _fields(PROJECTION, name):
+            parts = [tensors[PROJECTION.format(**{**fields, "part": part})] for part in "qkv"]
+            restored[FUSED.format(**fields)] = torch.cat(parts)
+        elif theirs := _renamed(name, [(ours, theirs) for theirs, ours in NAMES]):
+            restored[theirs] = tensor
+        else:
+            unexpected.append(name)
+    if unexpected:
+        raise FlamingoError(
+            f"{source}: open_clip's ViT has no place for {', '.join(sorted(unexpected))}; expected a CLIPVisionModel"
+        )
+    return restored
 
 
 def to_hugging_face(

@@ -26,6 +26,7 @@ from flamingo.files import whole
 from flamingo.interop import open_clip
 from flamingo.modeling import FlamingoForConditionalGeneration, check_names, decoder_layers
 from flamingo.processing import FlamingoProcessor
+from flamingo.trained import changed_names
 
 NewOutputRows = Literal["mean", "input", "random"]
 Layout = Literal["open_flamingo", "otter"]
@@ -118,16 +119,26 @@ def from_open_flamingo(
 def save(model: FlamingoForConditionalGeneration, path: str | Path, *, rows: int | None = None) -> None:
     """Write a checkpoint that open_flamingo's model over the same backbones loads with `strict=False`.
 
+    Backbone tensors that are not its files' any more (`changed_names`) are in it; where one is the tower's, the whole
+    tower, under open_clip's names. Such a checkpoint is for `otter.load`: `load` takes none with other backbones.
+
     Args:
         model: the model.
         path: the file.
         rows: length of open_flamingo's tokenizer; see `table_rows` for the default.
+
+    Raises:
+        FlamingoError: where `rows` are too few, or a tower that changed has tensors that open_clip's ViT has not.
     """
     rows = table_rows(model) if rows is None else rows
-    written = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(OWN_PARTS)}
+    own, named, others = model.state_dict(), names(model), changed_names(model)
+    written = {name: tensor for name, tensor in own.items() if name.startswith(OWN_PARTS)}
+    written.update({name: own[name] for name in others if name.startswith("language_model.")})
     written.update(resized_tables(model, rows))
-    named = names(model)
     tensors = {named[name]: tensor.cpu() for name, tensor in written.items()}
+    if any(name.startswith("vision_tower.") for name in others):
+        tower = open_clip.restore(model.vision_tower.state_dict(), "vision_tower")
+        tensors |= {f"vision_encoder.{name}": tensor.cpu() for name, tensor in tower.items()}
     older, newer = OLDER.get(model.config.text_config.model_type, ("", None))
     if newer is not None:  # open_flamingo runs over either version
         tensors |= {older + name.removeprefix(newer): t for name, t in tensors.items() if name.startswith(newer)}
@@ -321,8 +332,9 @@ def refuse_unsupported(model: FlamingoForConditionalGeneration, tensors: Mapping
             f"{source}: perceiver.media_time_embs are embeddings of a medium's place among the media, which this model "
             "does not have; expected a checkpoint without them"
         )
-    known = names(model).values()
-    if ignores_qk_norm(model.language_model) or any(re.search(r"\.[qk]_ln\.", name) for name in tensors.keys() - known):
+    path, model_type = _layers_path(model), model.config.text_config.model_type
+    unknown = {_canonical(name, path, model_type) for name in tensors} - set(names(model).values())
+    if ignores_qk_norm(model.language_model) or any(re.search(r"\.[qk]_ln\.", name) for name in unknown):
         raise FlamingoError(
             f"{source}: its LM has QK LayerNorm (qk_ln, as MPT-1B and MosaicGPT), which "
             f"{type(model.language_model).__name__} has not; expected an LM without it, or its own code with "

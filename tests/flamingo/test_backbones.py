@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    CLIPConfig,
     CLIPImageProcessorPil,
     ConvNextConfig,
     Dinov2Config,
@@ -32,9 +33,11 @@ from tests.tiny import document, save_backbones, tiny_flamingo
 PATCHES: dict[str, Any] = dict(
     hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
 )
+TEXT: dict[str, Any] = dict(PATCHES, vocab_size=30)
 TOWERS: dict[str, tuple[PretrainedConfig, int]] = {  # and the tokens of an image of 16×16
+    "clip of two towers": (CLIPConfig(vision_config=PATCHES, text_config=TEXT), 4),
     "siglip": (SiglipVisionConfig(**PATCHES), 4),
-    "siglip of two towers": (SiglipConfig(vision_config=PATCHES, text_config=dict(PATCHES, vocab_size=30)), 4),
+    "siglip of two towers": (SiglipConfig(vision_config=PATCHES, text_config=TEXT), 4),
     "siglip2": (Siglip2VisionConfig(**{**PATCHES, "num_patches": 4}), 4),
     "vit": (ViTConfig(**PATCHES), 4),
     "dinov2": (Dinov2Config(**PATCHES), 4),
@@ -47,23 +50,28 @@ TOWERS: dict[str, tuple[PretrainedConfig, int]] = {  # and the tokens of an imag
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_every_tower_yields_its_patch_tokens(tmp_path: Path, name: str) -> None:
-    """Catches class tokens and registers taken for patches, and towers that want another input."""
+    """Catches class tokens and registers taken for patches, towers that want another input, and weights made anew."""
     config, count = TOWERS[name]
     _, language = save_backbones(tmp_path)
-    AutoModel.from_config(config).save_pretrained(tmp_path / "tower")
+    saved = AutoModel.from_config(config).eval()
+    saved.save_pretrained(tmp_path / "tower")
+    reference = getattr(saved, "vision_model", saved)
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path / "tower")
     small = dict(resampler_depth=1, resampler_latents=4, resampler_heads=2, cross_attention_heads=2)
     model, processor = from_backbones(tmp_path / "tower", language, **small)
     batch = processor(documents=[document(1, 2), document(2, 0)])
-    tokens = patch_tokens(model.vision_tower, batch["pixel_values"][:, 0])
+    images = batch["pixel_values"][:, 0]
+    tokens = patch_tokens(model.vision_tower, images)
     assert tokens.shape == (2, count, 24)
-    reference = model.vision_tower.eval()
-    if "siglip2" not in name:
-        hidden = reference(pixel_values=batch["pixel_values"][:, 0]).last_hidden_state
+    if name == "siglip2":
+        torch.testing.assert_close(tokens, patch_tokens(reference, images))
+    else:
+        hidden = reference(pixel_values=images).last_hidden_state
         hidden = hidden.flatten(2).mT if hidden.ndim == 4 else hidden
-        assert torch.equal(tokens, hidden[:, -count:])
-        assert hidden.shape[1] - count == {"vit": 1, "dinov2": 1, "dinov2 with registers": 4}.get(name, 0)
+        torch.testing.assert_close(tokens, hidden[:, -count:])
+        others = {"clip of two towers": 1, "vit": 1, "dinov2": 1, "dinov2 with registers": 4}
+        assert hidden.shape[1] - count == others.get(name, 0)
     model.train()(**batch).loss.backward()
     assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +22,7 @@ from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_att
 from transformers import AutoTokenizer
 
 from flamingo import FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
-from flamingo.convert import convert, parse
+from flamingo.convert import convert, load, parse
 from flamingo.interop import open_clip, open_flamingo, otter
 from tests.peer import open_flamingo_over, randomise
 from tests.tiny import document, language_configs, save_backbones
@@ -181,6 +182,50 @@ def test_rows_that_were_trained_replace_the_backbones(worlds: Callable[..., Worl
     assert torch.equal(world.logits(loaded), world.logits(model))
 
 
+@torch.no_grad()
+def test_backbones_that_train_or_were_replaced_are_written(worlds: Callable[..., World], tmp_path: Path) -> None:
+    """Catches a tuned tower, LM or buffer that open_flamingo's or Otter's format loses in silence."""
+    world = worlds("llama", vocabulary=160)
+    model = world.model(freeze_vision=False, freeze_language=False)
+    open_flamingo.load(model, world.released, new_output_rows="mean")
+    for parameter in (*model.vision_tower.parameters(), *model.language_model.parameters()):
+        parameter += 0.05 * torch.randn(parameter.shape)
+    expected = world.logits(model)
+    open_flamingo.save(model, tmp_path / "a.pt")
+    written = open_flamingo.read_checkpoint(tmp_path / "a.pt")
+
+    peer = copy.deepcopy(world.peer)
+    found = peer.load_state_dict(written, strict=False)
+    visual = {name.removeprefix("vision_encoder."): tensor for name, tensor in written.items() if "vision" in name}
+    assert {f"vision_encoder.{name}" for name in visual} == set(found.unexpected_keys)  # the peer's tower is not a ViT
+    peer.vision_encoder.tower.load_state_dict(model.vision_tower.state_dict())
+    torch.testing.assert_close(world.logits(peer), expected)
+    images = torch.randn(2, 3, 16, 16)
+    tokens = model.vision_tower(pixel_values=images).last_hidden_state[:, 1:]
+    torch.testing.assert_close(vit_tokens(visual, images, heads=2, quick=True), tokens, atol=1e-4, rtol=1e-4)
+
+    again, whole = world.model(), world.model()
+    with pytest.raises(FlamingoError, match="patch_embedding.weight .not equal to the backbone"):
+        open_flamingo.load(again, written)
+    otter.load(again, written)
+    assert torch.equal(world.logits(again), expected)
+    open_flamingo.save(again, tmp_path / "b.pt")  # nothing trains, all was replaced
+    second = open_flamingo.read_checkpoint(tmp_path / "b.pt")
+    assert second.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in second.items())
+    otter.save(model, tmp_path / "otter.pt")
+    otter.load(whole, tmp_path / "otter.pt")
+    assert torch.equal(world.logits(whole), expected)
+
+    model.language_model.register_buffer("count", torch.ones(1))
+    open_flamingo.save(model, tmp_path / "c.pt")
+    assert "lang_encoder.count" in open_flamingo.read_checkpoint(tmp_path / "c.pt")
+    model.vision_tower.register_buffer("running_mean", torch.ones(1))
+    with pytest.raises(FlamingoError, match="vision_tower: open_clip's ViT has no place for running_mean"):
+        open_flamingo.save(model, tmp_path / "d.pt")
+    assert not (tmp_path / "d.pt").exists()
+
+
 def test_missing_output_rows_must_be_asked_for(worlds: Callable[..., World]) -> None:
     """Catches output rows that stay what they happened to be when an untied LM's checkpoint lacks them."""
     world = worlds("llama", vocabulary=160)
@@ -238,6 +283,19 @@ def test_an_lm_with_qk_layer_norm_is_refused(worlds: Callable[..., World]) -> No
     model.config.text_config.attn_config.qk_ln = True
     with pytest.raises(FlamingoError, match="QK LayerNorm .*MptForCausalLM"):
         open_flamingo.load(model, world.released)
+
+
+@torch.no_grad()
+def test_an_lm_that_has_qk_layer_norm_is_taken(worlds: Callable[..., World]) -> None:
+    """Catches an LM with LayerNorms of its own (MPT-1B's code) refused for the second copies of them."""
+    world = worlds("mpt", vocabulary=160)
+    model, norm = world.model(), torch.nn.LayerNorm(32)
+    model.language_model.transformer.blocks[0].attn.q_ln = norm
+    layers = {"lang_encoder.transformer.blocks": "0.decoder_layer", "lang_encoder.old_decoder_blocks": "0"}
+    copies = {f"{path}.{layer}.attn.q_ln.weight": norm.weight for path, layer in layers.items()}
+    open_flamingo.load(model, {**world.released, **copies})
+    with pytest.raises(FlamingoError, match="QK LayerNorm"):
+        open_flamingo.load(world.model(), {**world.released, **copies})
 
 
 def test_frame_embeddings_are_read(worlds: Callable[..., World], tmp_path: Path) -> None:
@@ -455,6 +513,31 @@ def test_the_command_converts_there_and_back(worlds: Callable[..., World], tmp_p
     }.items():
         with pytest.raises(FlamingoError, match=message):
             run(line, checkpoint=tmp_path / "x", out=tmp_path / "y")
+
+
+def test_the_command_runs_a_backbones_code_where_it_may(
+    worlds: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `--trust-remote-code` that reaches the reader of one format alone, and code that runs without it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    world, language = worlds("llama", vocabulary=160), tmp_path / "language"
+    shutil.copytree(world.language, language)
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Remote(LlamaForCausalLM):\n    pass\n"
+    (language / "remote.py").write_text(code)
+    config = json.loads((language / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "remote.Remote"}
+    (language / "config.json").write_text(json.dumps(config))
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save(world.released, checkpoint)
+    given = [f"--vision={world.vision}", f"--language={language}", "--new-output-rows=mean"]
+    for read, path in (("open_flamingo", checkpoint), ("flamingo", tmp_path / "small")):
+        for trusted in (["--trust-remote-code"], []):
+            options, *_ = parse([f"--from={read}", f"--checkpoint={path}", "--out=x", *given, *trusted])
+            model, processor = load(options, read)
+            assert type(model.language_model).__name__ == ("Remote" if trusted else "LlamaForCausalLM")
+            if trusted and read == "open_flamingo":
+                model.save_trained(tmp_path / "small")
+                processor.save_pretrained(tmp_path / "small")
 
 
 def test_the_families_of_open_flamingo_are_there() -> None:

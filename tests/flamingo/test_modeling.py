@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo import Document, FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor, Text
-from flamingo.modeling import decoder_layers
+from flamingo.modeling import decoder_layers, trainable_names
 from tests.tiny import VOCABULARY, document, language_configs, picture, tiny_flamingo
 
 FAMILIES = sorted(language_configs())
@@ -153,10 +153,14 @@ def test_stepping_with_a_memory_equals_one_pass(tiny: Tiny) -> None:
 
 
 def test_loss_is_the_cross_entropy_of_supervised_tokens(tiny: Tiny) -> None:
-    """Catches labels that are shifted wrongly, or logits taken at other positions than the supervised ones."""
+    """Catches labels that are shifted wrongly, logits at other positions than the supervised ones, and a cache made."""
     model, processor = tiny
     batch = processor(documents=ragged(), padding_side="right")
+    caches = []
+    hook = model.language_model.register_forward_hook(lambda *call: caches.append(call[-1].get("past_key_values")))
     output = model(**batch)
+    hook.remove()
+    assert caches == [None] and output.past_key_values is None
     labels = batch.pop("labels")
     logits = model(**batch).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
@@ -175,6 +179,17 @@ def test_every_trained_parameter_gets_a_gradient_and_no_frozen_one(tiny: Tiny, m
     parts = {name.partition(".")[0] for name in trained}
     assert parts - {"new_output_rows"} == {"resampler", "cross_attention", "new_input_rows"}
     assert ("new_output_rows" in parts) == (not model.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("media", [0, 2])
+def test_a_tower_that_trains_gets_gradients_from_every_batch(tmp_path: Path, media: int) -> None:
+    """Catches a tower left out of the graph by a batch without media, at which DDP would stop."""
+    model, processor = tiny_flamingo(tmp_path, freeze_vision=False)
+    model.train()(**processor(documents=document(4, media))).loss.backward()
+    without = {name for name in trainable_names(model) if model.get_parameter(name).grad is None}
+    unread = {f"vision_tower.post_layernorm.{name}" for name in ("weight", "bias")}  # stands after the patch tokens
+    assert not without - unread if media else not without
+    assert any(each.grad is not None and each.grad.any() for each in model.vision_tower.parameters()) == (media > 0)
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ IMAGE, WIDTH, MEDIA_WIDTH, LATENTS = 1, 32, 24, 3
     params=[
         (family, every, padded, dtype)
         for family in FAMILIES
-        for every, padded in ((1, True), (2, False))
+        for every in (1, 2)
+        for padded in (True, False)
         for dtype in TOLERANCE
     ],
     ids=lambda case: f"{case[0]}-every{case[1]}-{'padded' if case[2] else 'full'}-{str(case[3])[6:]}",

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, CLIPImageProcessorPil, ResNetConfig
 
-from flamingo import FlamingoError, FlamingoForConditionalGeneration
+from flamingo import FlamingoError, FlamingoForConditionalGeneration, from_backbones
 from flamingo.modeling import TRAINED, trainable_names
 from tests.tiny import document, save_backbones, tiny_flamingo
 
@@ -43,7 +44,9 @@ def test_backbones_that_are_missing_or_different_are_named(tmp_path: Path) -> No
     shutil.move(tmp_path / "language", tmp_path / "moved")
     with pytest.raises(FlamingoError, match="language backbone is missing.*give its place as language="):
         from_trained(tmp_path / "saved")
-    from_trained(tmp_path / "saved", language=tmp_path / "moved")
+    found = from_trained(tmp_path / "saved", language=tmp_path / "moved")
+    found.save_trained(tmp_path / "again")
+    from_trained(tmp_path / "again")
     save_backbones(tmp_path / "other", "opt")
     with pytest.raises(FlamingoError, match="language backbone differs"):
         from_trained(tmp_path / "saved", language=tmp_path / "other" / "language")
@@ -51,6 +54,45 @@ def test_backbones_that_are_missing_or_different_are_named(tmp_path: Path) -> No
         FlamingoForConditionalGeneration.from_pretrained(tmp_path / "saved")
     with pytest.raises(FlamingoError, match=f"expected {TRAINED}"):
         from_trained(tmp_path / "moved")
+
+
+def test_a_backbone_changed_after_loading_is_different(tmp_path: Path) -> None:
+    """Catches an identity taken of what lies in the folder when the model is saved, not of what was loaded."""
+    model, _ = tiny_flamingo(tmp_path)
+    save_backbones(tmp_path / "other", "opt")
+    shutil.copytree(tmp_path / "other" / "language", tmp_path / "language", dirs_exist_ok=True)
+    model.save_trained(tmp_path / "saved")
+    with pytest.raises(FlamingoError, match="language backbone differs"):
+        from_trained(tmp_path / "saved")
+
+
+def test_a_backbone_of_the_hub_is_not_taken_from_a_folder_unasked(tmp_path: Path) -> None:
+    """Catches another backbone that slips in because only the hub's revision is known."""
+    model, _ = tiny_flamingo(tmp_path)
+    model.config.backbones["language"] = {"name": "someone/model", "revision": "abc", "sha256": None}
+    model.save_trained(tmp_path / "saved")
+    with pytest.raises(FlamingoError, match="language backbone was someone/model"):
+        from_trained(tmp_path / "saved", language=tmp_path / "language")
+    from_trained(tmp_path / "saved", language=tmp_path / "language", any_backbones=True)
+
+
+def test_running_means_of_a_tower_that_trains_are_saved(tmp_path: Path) -> None:
+    """Catches buffers that change in training and are lost."""
+    _, language = save_backbones(tmp_path)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic")
+    AutoModel.from_config(config).save_pretrained(tmp_path / "tower")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path / "tower")
+    small = dict(resampler_depth=1, resampler_latents=4, cross_attention_heads=2, freeze_vision=False)
+    model, processor = from_backbones(tmp_path / "tower", language, **small)
+    batch = processor(documents=document(1, 2))
+    model.train()(**batch)
+    model.save_trained(tmp_path / "saved")
+    loaded = from_trained(tmp_path / "saved")
+    means = {name for name, _ in model.named_buffers() if name.endswith("running_mean")}
+    assert means and means <= set(load_file(tmp_path / "saved" / TRAINED))
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_media(batch["pixel_values"]), model.eval().encode_media(batch["pixel_values"]))
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_errors(tmp_path: Path) -> None:
@@ -74,3 +116,21 @@ def test_missing_unexpected_and_misshapen_tensors_are_errors(tmp_path: Path) -> 
                 load(tmp_path / folder)
         save_file(tensors, file, metadata={"format": "pt"})
         load(tmp_path / folder)
+
+
+def test_each_part_comes_back_in_its_precision(tmp_path: Path) -> None:
+    """Catches a bfloat16 LM that is loaded in float32, twice as large, because other parts are float32."""
+    model, processor = tiny_flamingo(tmp_path, dtype=torch.bfloat16)
+    assert (model.language_model.dtype, model.resampler.latents.dtype) == (torch.bfloat16, torch.float32)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_trained(tmp_path / "small")
+    batch = processor(documents=document(1, 2))
+    for loaded in (
+        FlamingoForConditionalGeneration.from_pretrained(tmp_path / "whole"),
+        from_trained(tmp_path / "small"),
+    ):
+        assert {name: each.dtype for name, each in loaded.named_parameters()} == {
+            name: each.dtype for name, each in model.named_parameters()
+        }
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, model(**batch).logits)

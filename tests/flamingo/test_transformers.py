@@ -13,10 +13,18 @@ import torch
 import torch.distributed as dist
 from PIL import Image as PilImage
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CompileConfig,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
-from flamingo import Document, FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.modeling import trainable_names
+from flamingo import Document, FlamingoConfig, FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.modeling import decoder_layers, trainable_names
 from tests.tiny import document, language_configs, picture, tiny_flamingo
 
 FEW = ["llama", "opt", "gpt_neox"]
@@ -112,6 +120,100 @@ def test_several_sequences_of_ragged_samples_are_those_of_each_alone(family: str
         ends = torch.isin(new, torch.tensor(model.generation_config.eos_token_id)).long()
         until_end = ends.cumsum(1) - ends == 0
         torch.testing.assert_close(alone.sequences_scores, (likelihoods * until_end).sum(1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(num_beams=3, num_return_sequences=2), dict(cache_implementation="static")]
+)
+def test_all_previous_media_stay_in_sight(options: dict[str, Any], tmp_path: Path) -> None:
+    """Catches media that are cut to each sample's last after the prompt, or mixed up among samples and beams."""
+    model, processor = tiny_flamingo(tmp_path, media_attention="all")
+    asked: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+    def generated(documents: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        batch = prompts(processor, documents)
+        output = model.generate(**batch, **asked, **options)
+        return output.sequences[:, batch["input_ids"].shape[1] :], output.logits[-1]
+
+    sequences, logits = generated(ragged(), **options)
+    uncached = {name: value for name, value in options.items() if name != "cache_implementation"}
+    expected_sequences, expected_logits = generated(ragged(), **uncached, use_cache=False)
+    assert torch.equal(sequences, expected_sequences)
+    torch.testing.assert_close(logits, expected_logits)
+    for each, together in zip(ragged(), sequences.chunk(3), strict=True):
+        alone, _ = generated(each, **options)
+        assert torch.equal(alone, together[:, : alone.shape[1]])
+    model.config.media_attention = "previous"
+    assert not torch.allclose(generated(ragged(), **options)[1], logits), "nothing to compare: as with the last medium"
+
+
+@pytest.mark.parametrize("media_attention", ["previous", "all"])
+def test_generation_goes_on_from_a_cache(media_attention: str, tmp_path: Path) -> None:
+    """Catches a conversation whose next turn sees other media, or none, because its marks are in the cache."""
+    model, processor = tiny_flamingo(tmp_path, media_attention=media_attention)
+    options: dict[str, Any] = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    batch = prompts(processor)
+    whole = model.generate(**batch, **options, min_new_tokens=8, max_new_tokens=8)
+    begun = model.generate(**batch, **options, min_new_tokens=5, max_new_tokens=5)
+    media = dict(pixel_values=batch["pixel_values"], past_key_values=begun.past_key_values)
+    with pytest.raises(FlamingoError, match="input_ids: expected all ids, those of the .* in past_key_values too"):
+        model.generate(begun.sequences[:, -1:], **media, **options)
+    mask = torch.cat((batch["attention_mask"], torch.ones(3, 5, dtype=torch.long)), dim=1)
+    options |= dict(min_new_tokens=3, max_new_tokens=3)
+    rest = model.generate(begun.sequences, attention_mask=mask, **media, **options)
+    assert torch.equal(rest.sequences, whole.sequences)
+    torch.testing.assert_close(rest.logits, whole.logits[-3:])
+
+
+def test_generation_refuses_what_it_would_get_wrong(llama: Tiny) -> None:
+    """Catches prompts read in pieces, each of which counts its marks from the start, and media of another sample."""
+    model, processor = llama
+    batch = prompts(processor)
+    pieces = copy.deepcopy(model.generation_config)
+    pieces.prefill_chunk_size = 4
+    for options in (dict(prefill_chunk_size=4), dict(generation_config=pieces), dict(assistant_model=model)):
+        with pytest.raises(FlamingoError, match="prefill_chunk_size"):
+            model.generate(**batch, **options, max_new_tokens=2)
+    with pytest.raises(FlamingoError, match=r"found 0 image tokens but received 1 media \(sample 1\)"):
+        model.generate(**batch | dict(media_per_sample=torch.tensor([3, 1, 0])), max_new_tokens=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["argument", "configuration", "model"])
+def test_tokens_that_were_suppressed_stay_so(llama: Tiny, where: str) -> None:
+    """Catches the suppression of `<image>` that replaces the caller's own, and an `<image>` that is generated."""
+    model, processor = copy.deepcopy(llama[0]), llama[1]
+    batch = prompts(processor, document(1, 1))
+    first = model.generate(**batch, do_sample=False, max_new_tokens=1)[0, -1]
+    image = model.row_of[processor.image_token_id]
+    model.new_output_rows[image] = 2 * model.get_output_embeddings().weight[first]  # `<image>` is the likeliest now
+    assert model(**batch).logits[0, -1].argmax() == processor.image_token_id
+    settings = copy.deepcopy(model.generation_config)
+    settings.suppress_tokens = [int(first)]
+    options: dict[str, Any] = {}
+    if where == "argument":
+        options["suppress_tokens"] = [int(first)]
+    elif where == "configuration":
+        options["generation_config"] = settings
+    else:
+        model.generation_config = settings
+    drawn = model.generate(**batch, **options, do_sample=False, max_new_tokens=4)[0, batch["input_ids"].shape[1] :]
+    assert not torch.isin(drawn, torch.tensor([int(first), processor.image_token_id])).any()
+
+
+@torch.no_grad()
+def test_hidden_states_are_returned(llama: Tiny) -> None:
+    """Catches an `output_hidden_states` that is swallowed."""
+    model, processor = llama
+    batch = prompts(processor)
+    output = model(**batch, output_hidden_states=True)
+    assert len(output.hidden_states) == 1 + len(decoder_layers(model.language_model))
+    known = model.get_output_embeddings()(output.hidden_states[-1])[..., : min(model.config.new_token_ids)]
+    assert torch.equal(output.logits[..., : known.shape[-1]], known)
+    options: dict[str, Any] = dict(output_hidden_states=True, return_dict_in_generate=True, min_new_tokens=3)
+    steps = model.generate(**batch, **options, do_sample=False, max_new_tokens=3).hidden_states
+    assert [len(step) for step in steps] == [len(output.hidden_states)] * 3
+    torch.testing.assert_close(steps[0][-1], output.hidden_states[-1])
 
 
 @pytest.mark.parametrize("family", STATIC)
@@ -272,6 +374,33 @@ def test_the_pipeline_reads_texts_with_images_and_chats(llama: Tiny, saved: Path
     (rest,) = expected("<image>User:what? GPT:a", pictures[:1])
     loaded = pipeline("image-text-to-text", model=str(saved))
     assert loaded(text=begun, return_full_text=False, **options)[0]["generated_text"] == rest
+
+
+def test_accumulated_samples_train_as_one_batch_in_the_trainer(llama: Tiny, tmp_path: Path) -> None:
+    """Catches a loss that is averaged batch by batch, so that a sample with few supervised tokens counts as much."""
+    samples = [*ragged(), document(4, 2)]
+    encodings = [llama[1].encode(each) for each in samples]
+    expected = copy.deepcopy(llama[0]).train()
+    loss = expected(**llama[1].collate(encodings)).loss
+    loss.backward()
+    gradients = [each.grad for each in expected.parameters() if each.requires_grad]
+    norm = nn.utils.get_total_norm(gradients)
+    for size in (1, 4):
+        model = copy.deepcopy(llama[0])
+        options = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, max_steps=1,
+            optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=1e9, logging_steps=1,
+            remove_unused_columns=False, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        trainer = Trainer(model, options, data_collator=llama[1].collate, train_dataset=encodings)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert log["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        moved = [each for each in model.parameters() if each.requires_grad]
+        start = [each for each in llama[0].parameters() if each.requires_grad]
+        for now, before, gradient in zip(moved, start, gradients, strict=True):
+            torch.testing.assert_close(now, before - 0.1 * gradient)
 
 
 def _steps(rank: int, folder: Path, expected: dict[str, Tensor], batches: list[list[Any]]) -> None:
