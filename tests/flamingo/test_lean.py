@@ -73,3 +73,36 @@ def test_the_loss_in_place_is_the_cross_entropy(dtype: torch.dtype) -> None:
     assert float((gradient - wanted).abs().max() / wanted.abs().max()) < 4 * torch.finfo(dtype).eps
     with pytest.raises(RuntimeError, match="kept for one"):
         losses.sum().backward()
+
+
+def test_small_gradients_survive_half_precision() -> None:
+    """Catches probabilities that are rounded to float16 before the loss scale lifts them into its range."""
+    torch.manual_seed(0)
+    logits = (8 * torch.randn(4, 4000)).half().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        negative_log_likelihood(logits * 1, torch.zeros(4).long(), 4000).sum() * 65536, logits
+    )
+    expected = nn.functional.cross_entropy(logits.float(), torch.zeros(4).long(), reduction="sum") * 65536
+    (wanted,) = torch.autograd.grad(expected, logits)
+    assert (gradient != 0).float().mean() == (wanted != 0).float().mean()
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass"])
+def test_modules_that_are_more_than_their_weights_are_called(kind: str) -> None:
+    """Catches adapters and hooks that act in evaluation but not in training."""
+    (stream, branch, scale), projection, ff = parts(torch.float32)
+
+    class Doubled(nn.Linear):
+        def forward(self, given: Tensor) -> Tensor:
+            return 2 * super().forward(given)
+
+    plain = add_linear(stream, branch, projection, scale) - stream
+    if kind == "hook":
+        projection.register_forward_hook(lambda module, args, output: 2 * output)
+        ff[3].register_forward_hook(lambda module, args, output: 2 * output)
+    else:
+        projection.__class__ = ff[3].__class__ = Doubled
+    torch.testing.assert_close(add_linear(stream, branch, projection, scale) - stream, 2 * plain)
+    with torch.no_grad():
+        expected = add_feed_forward(stream, ff, scale)
+    assert torch.equal(add_feed_forward(stream, ff, scale), expected)
