@@ -416,34 +416,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 media_attention=self.config.media_attention,
                 documents=documents,
             )
-        if documents is not None:
-            if not self.config.packing or attention_mask is not None or position_ids is not None or use_cache:
-                raise FlamingoError(
-                    "documents: expected with a model built with packing=True, and without attention_mask, "
-                    "position_ids and use_cache, which packed rows make themselves or do not have"
-                )
-            attention_mask, position_ids = pack(documents, self.language_model)
-            use_cache = False
-            if not self.takes_positions:
-                position_ids = None
-        elif self.takes_positions and position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            # Positions count tokens, not padding, for LMs too that do not see to it themselves (GPT-2).
-            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        if position_ids is not None:
-            if not self.takes_positions:
-                raise FlamingoError(f"position_ids: {type(self.language_model).__name__} does not take them")
-            kwargs["position_ids"] = position_ids
-
-        supervised = targets = None
-        positions: int | Tensor = logits_to_keep
-        if labels is not None:
-            targets = labels[:, 1:]
-            if documents is not None:  # nothing foretells the first token of a document
-                targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
-            positions = 0
-            if not torch.compiler.is_compiling():  # where shapes may depend on values
-                supervised = (targets != IGNORED).nonzero()
-                positions = supervised[:, 0] * labels.shape[1] + supervised[:, 1]
+        if documents is not None and (attention_mask is not None or position_ids is not None or use_cache):
+            raise FlamingoError("documents: expected without attention_mask, position_ids and use_cache")
+        attention_mask, places = self._places(input_ids.shape[1], attention_mask, position_ids, documents)
+        targets, supervised, positions = self._supervision(labels, documents)
+        positions = logits_to_keep if positions is None else positions
         in_place = supervised is not None and torch.is_grad_enabled()
 
         slots = MediaSlots.of(media_per_sample, len(media_memory), media_slots)
@@ -455,7 +432,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds=self.embed_tokens(input_ids),
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                use_cache=use_cache if labels is None else False,
+                use_cache=use_cache if labels is None and documents is None else False,
+                **places,
                 **kwargs,
             )
         finally:
@@ -474,6 +452,41 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inside = {name: output.get(name) for name in ("hidden_states", "attentions")}
         made_output = FlamingoOutput(**made, **inside)
         return made_output.to_tuple() if return_dict is False else made_output
+
+    def _places(
+        self, length: int, attention_mask: Tensor | None, position_ids: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The mask for the LM, and the positions of `length` tokens if it takes any, as keyword arguments."""
+        name = type(self.language_model).__name__
+        if documents is not None:
+            if not self.config.packing:
+                raise FlamingoError("documents: expected a model built with packing=True, which checks its LM")
+            attention_mask, position_ids = pack(documents, self.language_model)
+        elif position_ids is not None and not self.takes_positions:
+            raise FlamingoError(f"position_ids: {name} does not take them")
+        elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Positions count tokens, not padding, for LMs too that do not see to it themselves (GPT-2).
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        return attention_mask, {
+            "position_ids": position_ids
+        } if position_ids is not None and self.takes_positions else {}
+
+    def _supervision(
+        self, labels: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, int | Tensor | None]:
+        """Targets (B, T − 1), the supervised (S, 2) of them, and these as positions (S,) in flattened (B·T) tokens.
+
+        In a compiled graph, where no shape may depend on values, all positions take part: None and 0.
+        """
+        if labels is None:
+            return None, None, None
+        targets = labels[:, 1:]
+        if documents is not None:  # nothing foretells the first token of a document
+            targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
+        if torch.compiler.is_compiling():
+            return targets, None, 0
+        supervised = (targets != IGNORED).nonzero()
+        return targets, supervised, supervised[:, 0] * labels.shape[1] + supervised[:, 1]
 
     def _loss(self, logits: Tensor, targets: Tensor, supervised: Tensor, in_place: bool) -> dict[str, Any]:
         """From logits (S, V) of the positions `supervised` (S, 2) of `targets` (B, T − 1)."""
