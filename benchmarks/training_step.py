@@ -164,7 +164,7 @@ def main() -> None:
             figures[f"MFU {name}"] = total / seconds[name] / 1e12 / options.peak
     for rank, line in enumerate(sides["ours"]("profile"), 1):
         figures[f"profile {rank}"] = line
-    for images, length in [(1, tokens), (3, tokens), (6, tokens), (3, tokens // 2), (3, 2 * tokens)]:
+    for images, length in [(1, tokens), (3, tokens), (6, tokens), (3, tokens // 2)]:
         sides["ours"]("load", (images,) * len(COUNTS), length)
         sides["ours"]("step")
         figures[f"step seconds ours, {images} images, {length} tokens"] = sides["ours"]("step")

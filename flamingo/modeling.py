@@ -305,19 +305,19 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         media, frames = pixel_values.shape[:2]
         tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
+        dtype = self.resampler.latents.dtype
         if media == 0:  # towers reshape with −1, which zero images leave undefined
             # On the images' device: the resampler may be offloaded.
-            dtype = self.resampler.latents.dtype
             tokens = pixel_values.new_zeros(0, frames, 1, self.config.vision_width, dtype=dtype)
-            if tower_trains:  # every parameter of a step gets a gradient
-                tokens = tokens + 0.0 * sum(each.sum() for each in self.vision_tower.parameters()).to(tokens)
-            return self.resampler(tokens)
-        with torch.set_grad_enabled(tower_trains):
-            images = rearrange(pixel_values, "n f c h w -> (n f) c h w")
-            images = images.to(self.vision_tower.dtype, memory_format=torch.channels_last)
-            tokens = patch_tokens(self.vision_tower, images)
-        tokens = tokens.to(self.resampler.latents.dtype)
-        return self.resampler(tokens.reshape(media, frames, *tokens.shape[1:]))
+        else:
+            with torch.set_grad_enabled(tower_trains):
+                images = rearrange(pixel_values, "n f c h w -> (n f) c h w")
+                images = images.to(self.vision_tower.dtype, memory_format=torch.channels_last)
+                tokens = patch_tokens(self.vision_tower, images)
+            tokens = rearrange(tokens.to(dtype), "(n f) v d -> n f v d", n=media)
+        if tower_trains:  # a gradient for every parameter, also of a tower without images, or of a norm not applied
+            tokens = tokens + 0.0 * torch.stack([each.sum() for each in self.vision_tower.parameters()]).sum().to(tokens)
+        return self.resampler(tokens)
 
     def remember_media(self, media_latents: Tensor) -> MediaMemory:
         """`media_latents` (N, R, D) → their keys and values for every gated block."""

@@ -6,6 +6,7 @@ The tables of all figures: `python benchmarks/parity.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,7 +22,6 @@ from flamingo.resampler import PerceiverResampler
 from tests.peer import (
     FAMILIES,
     TOLERANCE,
-    Pair,
     difference,
     generations,
     open_flamingo,
@@ -35,42 +35,59 @@ PRECISIONS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], id
 IMAGE, WIDTH, MEDIA_WIDTH, LATENTS = 1, 32, 24, 3
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (family, every, padded, dtype)
-        for family in FAMILIES
-        for every in (1, 2)
-        for padded in (True, False)
-        for dtype in TOLERANCE
-    ],
-    ids=lambda case: f"{case[0]}-every{case[1]}-{'padded' if case[2] else 'full'}-{str(case[3])[6:]}",
-)
-def case(request: pytest.FixtureRequest) -> tuple[torch.dtype, Pair]:
-    """Precision, and the two models: with more embedding rows than tokens, or fewer than with the new ones."""
-    family, every, padded, dtype = request.param
-    return dtype, pair_of(family, every=every, padded=padded, dtype=dtype)
+Case = tuple[str, int, bool, torch.dtype]
+pair_at = cache(pair_of)
 
 
-def test_training_equals_open_flamingo(case: tuple[torch.dtype, Pair]) -> None:
-    """Catches any other mathematics, weights in the wrong place, and a set of trained tensors that is not theirs."""
-    dtype, pair = case
+def cases(dtype: torch.dtype, *sizes: tuple[int, bool]) -> list[Case]:
+    """Every family, with these of `cross_attention_every` and padded tables."""
+    return [(family, every, padded, dtype) for family in FAMILIES for every, padded in sizes]
+
+
+def over(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrises a test over pairs: with more embedding rows than tokens, or fewer than with the new ones."""
+    return pytest.mark.parametrize(
+        "case",
+        cases,
+        ids=lambda case: f"{case[0]}-every{case[1]}-{'padded' if case[2] else 'full'}-{str(case[3])[6:]}",
+    )
+
+
+# Each combination of sizes generates in one precision: it takes most of the time, and compares ids alone.
+GENERATED = [*cases(torch.float64, (1, True), (2, False)), *cases(torch.float32, (1, False), (2, True))]
+
+
+@over([*GENERATED, *cases(torch.float64, (1, False), (2, True))])
+def test_training_equals_open_flamingo(case: Case) -> None:
+    """Catches any other mathematics, weights in the wrong place, and a set of trained tensors that is not theirs.
+
+    Pairs in float32 are drawn until no gate's gradient nearly cancels (`tests.peer`): it is one number, a sum of large
+    terms of both signs, and where little is left of them two exact implementations differ by more than the tolerance,
+    which is relative to what is left. In float64 nothing is redrawn, and the same sums agree to 1e-10.
+    """
+    pair, dtype = pair_at(case[0], every=case[1], padded=case[2], dtype=case[3]), case[3]
     found = training_differences(pair)
     assert {name: value for name, value in found.items() if not value <= TOLERANCE[dtype]} == {}
     assert all(p.grad.any() for p in pair.ours.parameters() if p.requires_grad), "nothing to compare: no gradient"
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_equals_open_flamingo(case: tuple[torch.dtype, Pair], beams: int) -> None:
+@over(GENERATED)
+def test_generation_equals_open_flamingo(case: Case) -> None:
     """Catches media that are lost or mixed up with left padding, in the cache, or among beams."""
-    ours, theirs = generations(case[1], beams)
-    assert ours == theirs
-    assert len({tuple(ids) for ids in theirs}) > 1, "nothing to compare: every sample gives the same"
+    pair = pair_at(case[0], every=case[1], padded=case[2], dtype=case[3])
+    different = []
+    for beams in (1, 3):
+        ours, theirs = generations(pair, beams)
+        assert ours == theirs
+        different.append(len({tuple(ids) for ids in theirs}))
+    assert max(different) > 1, "nothing to compare: every sample gives the same"
 
 
 def test_text_alone_trains_as_in_open_flamingo() -> None:
     """Catches a batch without media that skips the gated feed-forward, which open_flamingo runs on every token."""
-    found = training_differences(pair_of("opt"), [document(1, 0), document(2, 0)])
+    found = training_differences(
+        pair_at("opt", every=1, padded=True, dtype=torch.float64), [document(1, 0), document(2, 0)]
+    )
     assert max(found.values()) <= TOLERANCE[torch.float64]
 
 
