@@ -316,7 +316,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 tokens = patch_tokens(self.vision_tower, images)
             tokens = rearrange(tokens.to(dtype), "(n f) v d -> n f v d", n=media)
         if tower_trains:  # a gradient for every parameter, also of a tower without images, or of a norm not applied
-            tokens = tokens + 0.0 * torch.stack([each.sum() for each in self.vision_tower.parameters()]).sum().to(tokens)
+            whole = torch.stack([each.sum() for each in self.vision_tower.parameters()]).sum()
+            tokens = tokens + 0.0 * whole.to(tokens)
         return self.resampler(tokens)
 
     def remember_media(self, media_latents: Tensor) -> MediaMemory:
