@@ -398,7 +398,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if sum(given is not None for given in (pixel_values, media_latents, media_memory)) > 1:
             raise FlamingoError("expected one of pixel_values, media_latents and media_memory")
-        media = next((len(given) for given in (pixel_values, media_latents, media_memory) if given is not None), 0)
+        media = _number(pixel_values, media_latents, media_memory)
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         counts = self._count_marks(input_ids)
         if media_per_sample is None:
@@ -562,7 +562,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         pixel_values, latents = kwargs.pop("pixel_values", None), kwargs.pop("media_latents", None)
         memory: MediaMemory | None = kwargs.get("media_memory")
-        media = next((len(given) for given in (pixel_values, latents, memory) if given is not None), 0)
+        media = _number(pixel_values, latents, memory)
         counts = self._count_marks(input_ids)
         if kwargs.get("media_per_sample") is None:
             kwargs["media_per_sample"] = counts
@@ -699,13 +699,18 @@ class _AppendNewTokens(_Hook):
         return logits.index_copy(-1, columns, new)
 
 
-def check_media(media_per_sample: Tensor, media: int, counts: Tensor | None) -> None:
+def _number(*forms: Tensor | MediaMemory | None) -> int:
+    """How many media there are, in whichever form they are given."""
+    return next((len(given) for given in forms if given is not None), 0)
+
+
+def check_media(media_per_sample: Tensor, media: int, counts: Tensor) -> None:
     """Refuse numbers of media that do not fit one another or the marks in the text; it names the sample."""
     if int(media_per_sample.sum()) != media:
         raise FlamingoError(
             f"media_per_sample: expected numbers that add up to {media} media, got {media_per_sample.tolist()}"
         )
-    if counts is not None and not torch.equal(counts, media_per_sample):
+    if not torch.equal(counts, media_per_sample):
         sample = int((counts != media_per_sample).nonzero()[0])
         raise FlamingoError(
             f"found {int(counts[sample])} image tokens but received {int(media_per_sample[sample])} media "
