@@ -26,7 +26,8 @@ from flamingo.errors import FlamingoError
 from flamingo.files import sha256, write_text
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
+"""of `index.json`; 1 had no `samples`"""
 
 
 # -- documents as members ----------------------------------------------------------------------------------------------
@@ -196,9 +197,16 @@ def offsets_path(shard: Path) -> Path:
     return shard.with_suffix(".offsets.npy")
 
 
-def write_index(folder: str | Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Write `index.json` of finished shards, in the order of their names."""
-    content = {"format": FORMAT, "shards": sorted(entries, key=lambda entry: entry["file"])}
+def write_index(folder: str | Path, entries: Iterable[dict[str, Any]], *, samples: str = "documents") -> None:
+    """Write `index.json` of finished shards, in the order of their names.
+
+    Args:
+        folder: of the shards.
+        entries: of each shard its `file` name, number of `samples`, `bytes` and `sha256`.
+        samples: the form of a sample's members, `documents`, `mmc4` or `pairs`.
+    """
+    listed = sorted(entries, key=lambda entry: entry["file"])
+    content = {"format": FORMAT, "samples": samples, "shards": listed}
     write_text(Path(folder) / INDEX, json.dumps(content, indent=1) + "\n")
 
 
