@@ -164,7 +164,12 @@ class FlamingoProcessor(ProcessorMixin):
         return media_pixels(tuple(media), self.pixel_settings)
 
     def collate(
-        self, encodings: Sequence[Encoding], padding_side: str = "right", *, media_attention: str = "previous"
+        self,
+        encodings: Sequence[Encoding],
+        padding_side: str = "right",
+        *,
+        media_attention: str = "previous",
+        pixels: Sequence[Tensor] | None = None,
     ) -> BatchFeature:
         """A batch of one encoding a row.
 
@@ -172,26 +177,41 @@ class FlamingoProcessor(ProcessorMixin):
             encodings: at least one.
             padding_side: "right" or "left".
             media_attention: the model's; only read where some of the encodings have `next_media`.
+            pixels: what `pixels` gave for the media of each encoding, where that is done already; None: do it here.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (N, F, C, H, W), `media_per_sample` (B,);
             where an encoding has `next_media` also `media_first`, `media_last` (B, T).
 
         Raises:
-            FlamingoError: where there is no encoding, or media differ in their numbers of frames.
+            FlamingoError: where there is no encoding, media differ in their numbers of frames or cannot be decoded, or
+                `pixels` are not those of the encodings' media.
         """
-        return self._collate([[encoding] for encoding in encodings], "attention_mask", padding_side, media_attention)
+        rows = [[encoding] for encoding in encodings]
+        return self._collate(rows, "attention_mask", padding_side, media_attention, pixels)
 
-    def collate_packed(self, rows: Sequence[Sequence[Encoding]], *, media_attention: str = "previous") -> BatchFeature:
+    def collate_packed(
+        self,
+        rows: Sequence[Sequence[Encoding]],
+        *,
+        media_attention: str = "previous",
+        pixels: Sequence[Tensor] | None = None,
+    ) -> BatchFeature:
         """A batch of several encodings a row, one after the other, for a model built with `packing=True`.
 
         As `collate`, padded on the right, but with `documents` (B, T) instead of `attention_mask`: the number of each
-        token's encoding in its row, from 1; 0 for padding. `media_per_sample` counts the media of a whole row.
+        token's encoding in its row, from 1; 0 for padding. `media_per_sample` counts the media of a whole row;
+        `pixels` are those of each encoding, row by row.
         """
-        return self._collate(rows, "documents", "right", media_attention)
+        return self._collate(rows, "documents", "right", media_attention, pixels)
 
     def _collate(
-        self, rows: Sequence[Sequence[Encoding]], numbers: str, padding_side: str, media_attention: str
+        self,
+        rows: Sequence[Sequence[Encoding]],
+        numbers: str,
+        padding_side: str,
+        media_attention: str,
+        pixels: Sequence[Tensor] | None,
     ) -> BatchFeature:
         """`numbers`: name of the output that numbers the encodings of a row; of a single one that is its mask."""
         if not rows or not all(rows):
@@ -214,7 +234,7 @@ class FlamingoProcessor(ProcessorMixin):
             "input_ids": input_ids,
             numbers: documents,
             "labels": padded(lambda _, encoding: encoding.labels, IGNORED),
-            "pixel_values": self.pixels([medium for row in rows for encoding in row for medium in encoding.media]),
+            "pixel_values": self._join_pixels([encoding for row in rows for encoding in row], pixels),
             "media_per_sample": torch.tensor([sum(len(encoding.media) for encoding in row) for row in rows]),
         }
         if any(encoding.next_media for row in rows for encoding in row):
@@ -226,6 +246,19 @@ class FlamingoProcessor(ProcessorMixin):
             for name, next_one, usual in zip(("media_first", "media_last"), ahead, behind, strict=True):
                 batch[name] = torch.where(reads_next, next_one, usual)
         return BatchFeature(batch)
+
+    def _join_pixels(self, encodings: Sequence[Encoding], pixels: Sequence[Tensor] | None) -> Tensor:
+        """The (N, F, C, H, W) of all encodings, decoded here or given for each of them."""
+        if pixels is None:
+            return self.pixels([medium for encoding in encodings for medium in encoding.media])
+        found, expected = [len(each) for each in pixels], [len(encoding.media) for encoding in encodings]
+        if found != expected:
+            raise FlamingoError(f"collate: pixels of {found} media a sequence: expected {expected}")
+        some = [each for each in pixels if len(each)]
+        if len({each.shape[1:] for each in some}) > 1:
+            frames = sorted({each.shape[1] for each in some})
+            raise FlamingoError(f"media of {frames} frames in one batch: expected one number")
+        return torch.cat(some) if some else self.pixels(())
 
     def __call__(
         self,

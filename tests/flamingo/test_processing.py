@@ -281,3 +281,21 @@ def test_a_tower_without_a_size_is_refused() -> None:
     """Catches a default size that nobody chose."""
     with pytest.raises(FlamingoError, match="expected height and width"):
         PixelSettings.of(object(), 3)
+
+
+def test_pixels_that_are_ready_are_joined_as_they_are(processor: FlamingoProcessor) -> None:
+    """Catches ready pixels that are decoded again, land in another order, or belong to other encodings."""
+    encodings = [processor.encode(document(seed, media)) for seed, media in ((1, 2), (2, 0), (3, 1))]
+    ready = [processor.pixels(encoding.media) + place for place, encoding in enumerate(encodings)]
+    packed = processor.collate_packed([encodings[:2], encodings[2:]], pixels=ready)
+    for batch in (processor.collate(encodings, pixels=ready), packed):
+        assert torch.equal(batch["pixel_values"], torch.cat([ready[0], ready[2]]))
+    text = encodings[1]
+    assert processor.collate([text], pixels=[ready[1]])["pixel_values"].shape == (0, 1, 3, 16, 16)
+    film = processor.encode(Document((Video((A, B)), Text("x"))))
+    with_film = processor.collate([text, film], pixels=[ready[1], processor.pixels(film.media)])
+    assert with_film["pixel_values"].shape == (1, 2, 3, 16, 16), "no media have no number of frames"
+    with pytest.raises(FlamingoError, match=r"pixels of \[2, 1\] media a sequence: expected \[2, 0\]"):
+        processor.collate(encodings[:2], pixels=[ready[0], ready[2]])
+    with pytest.raises(FlamingoError, match=r"media of \[1, 2\] frames in one batch: expected one number"):
+        processor.collate([encodings[2], film], pixels=[ready[2], processor.pixels(film.media)])
