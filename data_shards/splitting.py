@@ -1,0 +1,260 @@
+"""Documents longer than a sequence → pieces that each fit one, so that training sees every image and every word.
+
+A document is a row of chunks: one or more media that stand together, and the text up to the next medium; before the
+first medium there may be text alone, its lead. Whole chunks are put into a piece as long as they fit.
+
+- Cuts stand right before a medium, so a text stays behind the medium that it follows. The media that share one text are
+  parted only where they are more than a piece may have: then the last ones stay with the text.
+- Text alone that does not fit beside the next chunk gives it only its last sentences, which lead into the medium.
+- A chunk that is too long keeps its media and the beginning of its text; the rest becomes pieces of text alone, cut
+  before a sentence, or else a word. They are not windows drawn in training, since then no epoch would see all of it.
+
+Nothing is repeated and nothing is lost: the pieces one after the other are the document.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from flamingo.document import Document, Medium, Segment, Text
+from flamingo.errors import FlamingoError
+
+LEAST_TOKENS = 16
+"""No sequence is shorter."""
+ENDS = 2
+"""The beginning-of-sequence and end-of-sequence tokens, which a tokenizer may add to a piece."""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*(?=\s+\S)|(?<=[。！？])(?=\s*\S)|(?<=\S)(?=\n\s*\S)")
+_WORD_END = re.compile(r"(?<=\S)(?=\s+\S)")
+_TOKEN = re.compile(r"[A-Za-z]{1,4}|[^\sA-Za-z]|\s(?=\s)|\n(?!\s)")
+
+
+def estimated_tokens(text: str) -> int:
+    """Tokens of a text without its tokenizer, on the long side: one for every four letters of a word, one for every
+    digit, sign and further space, and more for characters of several bytes.
+    """
+    return sum(1 for _ in _TOKEN.finditer(text)) + (len(text.encode(errors="replace")) - len(text)) // 2
+
+
+def token_counter(tokenizer: str | None) -> Callable[[str], int]:
+    """What counts the tokens of a text: the tokenizer of a folder or hub id; without one, an estimate.
+
+    Raises:
+        FlamingoError: where there is no such tokenizer.
+    """
+    if tokenizer is None:
+        return estimated_tokens
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise FlamingoError(f"tokenizer {tokenizer}: expected a folder or hub id with a tokenizer ({error})") from error
+    return lambda text: len(loaded(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def check_limits(max_tokens: int | None, max_media: int | None) -> None:
+    """Raise FlamingoError for limits that no piece could hold."""
+    if max_tokens is not None and max_tokens < LEAST_TOKENS:
+        raise FlamingoError(f"max_tokens={max_tokens}: expected at least {LEAST_TOKENS}")
+    if max_media is not None and max_media < 1:
+        raise FlamingoError(f"max_media={max_media}: expected at least 1")
+
+
+def split(
+    document: Document, *, max_tokens: int | None, max_media: int | None, count_tokens: Callable[[str], int]
+) -> list[Document]:
+    """The pieces of a document, in order; a document that fits is its own one piece.
+
+    Args:
+        max_tokens: of a piece, with one for each medium, for each `<|endofchunk|>`, and for the ends of the sequence;
+            None: any number.
+        max_media: of a piece; None: any number.
+        count_tokens: of a text, without special tokens.
+
+    Raises:
+        FlamingoError: for limits that no piece could hold.
+    """
+    check_limits(max_tokens, max_media)
+    pieces = _Pieces(max_tokens, max_media, count_tokens)
+    for chunk in _chunks(document.segments, pieces.longest_run):
+        pieces.add(chunk)
+    found = list(pieces.finish())
+    return [document] if len(found) <= 1 else [replace(document, segments=segments) for segments in found]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Media that stand together, and the text after them."""
+
+    media: tuple[Medium, ...]
+    texts: tuple[Text, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return *self.media, *self.texts
+
+
+def _chunks(segments: Iterable[Segment], longest_run: int | None) -> Iterator[_Chunk]:
+    media: list[Medium] = []
+    texts: list[Text] = []
+
+    def finished() -> Iterator[_Chunk]:
+        # Of too many media the last ones stay with the text, so that most of them have one.
+        while longest_run is not None and len(media) > longest_run:
+            surplus = len(media) % longest_run or longest_run
+            yield _Chunk(tuple(media[:surplus]), ())
+            del media[:surplus]
+        if media or texts:
+            yield _Chunk(tuple(media), tuple(texts))
+
+    for segment in segments:
+        if isinstance(segment, Text):
+            texts.append(segment)
+            continue
+        if texts:
+            yield from finished()
+            media, texts = [], []
+        media.append(segment)
+    yield from finished()
+
+
+class _Pieces:
+    """The pieces so far, and the one that is open."""
+
+    def __init__(self, max_tokens: int | None, max_media: int | None, count_tokens: Callable[[str], int]):
+        self.max_media, self.count = max_media, count_tokens
+        self.room = None if max_tokens is None else max_tokens - ENDS
+        self.done: list[tuple[Segment, ...]] = []
+        self.open: list[_Chunk] = []
+        self.used = 0
+
+    @property
+    def longest_run(self) -> int | None:
+        """Media that may stand together and leave half of the tokens to their text."""
+        limits = [limit for limit in (self.max_media, self.room and self.room // 2) if limit is not None]
+        return min(limits, default=None)
+
+    def add(self, chunk: _Chunk) -> None:
+        """Put a chunk into the open piece, or close that one first."""
+        size = self._size(chunk)
+        if self.open and not self._fits(chunk, size):
+            self._close(leave=size)
+        if self._fits(chunk, size):
+            self.open.append(chunk)
+            self.used += size
+            return
+        *whole, last = self._cut(chunk)
+        self.done += [each.segments for each in whole]
+        self.open, self.used = [last], self._size(last)
+
+    def finish(self) -> Iterator[tuple[Segment, ...]]:
+        """The segments of each piece."""
+        self._close(leave=None)
+        yield from self.done
+
+    def _size(self, chunk: _Chunk) -> int:
+        """Tokens of a chunk with its marks; without a limit nobody asks."""
+        if self.room is None:
+            return 0
+        return len(chunk.media) + sum(self.count(text.text) for text in chunk.texts) + bool(chunk.texts)
+
+    def _fits(self, chunk: _Chunk, size: int) -> bool:
+        media = sum(len(each.media) for each in self.open) + len(chunk.media)
+        return (self.max_media is None or media <= self.max_media) and (
+            self.room is None or self.used + size <= self.room
+        )
+
+    def _close(self, leave: int | None) -> None:
+        """Close the open piece; of text alone the last sentences stay open if a chunk of `leave` tokens fits behind."""
+        lead: _Chunk | None = None
+        if leave is not None and self.room is not None and not any(chunk.media for chunk in self.open):
+            self.open, lead = self._lead(self.open, self.room - leave - 1)
+        if self.open:
+            self.done.append(tuple(segment for chunk in self.open for segment in chunk.segments))
+        self.open, self.used = ([lead], self._size(lead)) if lead else ([], 0)
+
+    def _lead(self, chunks: list[_Chunk], budget: int) -> tuple[list[_Chunk], _Chunk | None]:
+        """Text alone without its last sentences of at most `budget` tokens, and these."""
+        *before, last = (text for chunk in chunks for text in chunk.texts)
+        text = last.text
+        starts = [start for start, _ in _spans(_SENTENCE_END, text, 0, len(text)) if start or before][::-1]
+        reach = _reach(len(starts), lambda place: self.count(text[starts[place] :]) <= budget)
+        if not reach:
+            return chunks, None
+        cut = starts[reach - 1]
+        kept = (*before, replace(last, text=text[:cut])) if cut else tuple(before)
+        return [_Chunk((), kept)], _Chunk((), (replace(last, text=text[cut:]),))
+
+    def _cut(self, chunk: _Chunk) -> list[_Chunk]:
+        """A chunk that is too long: its media with as much text as fits, then text alone."""
+        assert self.room is not None, "only tokens make a chunk too long"
+        windows: list[list[Text]] = [[]]
+        left = self.room - len(chunk.media) - 1
+        for text in chunk.texts:
+            size = self.count(text.text)
+            if size <= left:
+                windows[-1].append(text)
+                left -= size
+                continue
+            first, *others = self._cut_text(text.text, left, self.room - 1, begins=not windows[-1])
+            if first:
+                windows[-1].append(replace(text, text=first))
+            windows += [[replace(text, text=other)] for other in others]
+            left = self.room - 1 - self.count(windows[-1][-1].text)
+        return [_Chunk(() if place else chunk.media, tuple(texts)) for place, texts in enumerate(windows)]
+
+    def _cut_text(self, text: str, first: int, full: int, *, begins: bool) -> list[str]:
+        """A text in parts of at most `first` tokens, which may be "" unless it `begins` the window, then `full` each."""
+        ends = list(self._ends(text, first if begins else full))
+        parts, start, place, budget = [], 0, 0, first
+        while place < len(ends):
+            reach = self._within(text, start, ends, place, budget)
+            if not reach and (parts or begins):
+                reach = 1  # one character of more tokens than fit
+            place += reach
+            end = ends[place - 1] if reach else start
+            parts.append(text[start:end])
+            start, budget = end, full
+        return parts
+
+    def _within(self, text: str, start: int, ends: Sequence[int], place: int, budget: int) -> int:
+        """How many of the ends from `place` on are within the budget of a part that begins at `start`."""
+        return _reach(len(ends) - place, lambda n: self.count(text[start : ends[place + n]]) <= budget)
+
+    def _ends(self, text: str, budget: int) -> Iterator[int]:
+        """Where a text may be cut: behind its sentences; behind the words, or characters, of what is too long."""
+        for start, end in _spans(_SENTENCE_END, text, 0, len(text)):
+            if self.count(text[start:end]) <= budget:
+                yield end
+                continue
+            for begin, stop in _spans(_WORD_END, text, start, end):
+                if self.count(text[begin:stop]) <= budget:
+                    yield stop
+                else:
+                    yield from range(begin + 1, stop + 1)
+
+
+def _spans(ends: re.Pattern[str], text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for found in ends.finditer(text, start, stop):
+        if start < found.end() < stop:
+            yield start, found.end()
+            start = found.end()
+    yield start, stop
+
+
+def _reach(count: int, fits: Callable[[int], bool]) -> int:
+    """How many of the places 0, 1, … up to `count` fit, each implying those before it.
+
+    Steps are doubled, then halved, so that of a long text little more than what fits is looked at.
+    """
+    low, high = 0, 1  # `low` places fit, `high` are too many or not known
+    while high <= count and fits(high - 1):
+        low, high = high, high * 2
+    high = min(high, count + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle - 1) else (low, middle)
+    return low
