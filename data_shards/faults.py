@@ -27,27 +27,42 @@ UNUSABLE = "unusable sample"
 
 
 class SampleError(FlamingoError):
-    """One sample is not usable: `reason` is one of this module's constants, `detail` says what was found where."""
+    """One sample is not usable: `reason` is one of this module's constants, `detail` says what was found.
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)  # both, so that the error survives the way out of a worker
-        self.reason, self.detail = reason, detail
+    `key` and `shard` say where, as far as whoever raises it knows.
+    """
+
+    def __init__(self, reason: str, detail: str = "", key: str = "", shard: str = ""):
+        super().__init__(reason, detail, key, shard)  # all, so that the error survives the way out of a worker
+        self.reason, self.detail, self.key, self.shard = reason, detail, key, shard
 
     def __str__(self) -> str:
-        return f"{self.detail} ({self.reason})" if self.detail else self.reason
+        what = f"{self.detail} ({self.reason})" if self.detail else self.reason
+        return ": ".join([*filter(None, [self.shard, self.key and f"sample {self.key}"]), what])
+
+    @staticmethod
+    def of(error: FlamingoError, key: str = "", shard: str = "") -> SampleError:
+        """The error of a sample at a known place; errors of other modules may carry a `reason` and a `detail` too."""
+        reason, detail = getattr(error, "reason", UNUSABLE), getattr(error, "detail", str(error))
+        return SampleError(reason, detail, getattr(error, "key", "") or key, getattr(error, "shard", "") or shard)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One sample that was not usable: where it is and why. `key` is "" where it could not even be read."""
+    """One sample that was not usable: where it is and why.
+
+    `key` is `#` and the number of the sample in its shard where not even a key could be read.
+    """
 
     shard: str
     key: str
     reason: str
     detail: str = ""
+    source: str = ""
+    """the name of the mixture's source, where there is a mixture"""
 
     @staticmethod
-    def of(error: FlamingoError, shard: str, key: str) -> Fault:
-        """The record of an error; errors of other modules may carry a `reason` and a `detail` as `SampleError` does."""
-        reason, detail = getattr(error, "reason", UNUSABLE), getattr(error, "detail", None)
-        return Fault(shard, key, reason, str(error) if detail is None else detail)
+    def of(error: FlamingoError, key: str = "", shard: str = "", source: str = "") -> Fault:
+        """The record of a sample's error."""
+        found = SampleError.of(error, key, shard)
+        return Fault(found.shard, found.key, found.reason, found.detail, source)
