@@ -8,26 +8,103 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from einops import rearrange
 from PIL import Image as PilImage
-from PIL import ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from flamingo.document import Image, Medium, Video
 from flamingo.errors import FlamingoError
 
+NO_IMAGE = "no image file"
+TOO_LARGE = "image too large"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM")
+"""What is read, by Pillow's names; a file's content says which it is, never its name."""
+LONGEST = 8
+"""An image longer than this many times its shorter edge loses its ends before it is scaled by that edge."""
+EXIF = b"Exif\0\0"
+"""What stands before EXIF in a file, beginning with its byte order."""
+
+
+class ImageError(FlamingoError):
+    """An image file that is not usable: `reason` is `NO_IMAGE` or `TOO_LARGE`, `detail` names it and what was found."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)  # both, so that the error survives the way out of a worker
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large an image file may be, checked by its length and by its header, before memory is taken for pixels."""
+
+    file_bytes: int = 64 << 20
+    """length of the file"""
+    pixels: int = 100_000_000
+    """width · height"""
+
+    def check_bytes(self, data: bytes, name: str) -> None:
+        """Raises `ImageError` where a file is longer."""
+        if len(data) > self.file_bytes:
+            raise ImageError(
+                TOO_LARGE, f"{name}: expected an image of at most {self.file_bytes:,} bytes, got {len(data):,}"
+            )
+
+    def check_pixels(self, width: int, height: int, name: str) -> None:
+        """Raises `ImageError` where an image has more."""
+        if width * height > self.pixels:
+            raise ImageError(
+                TOO_LARGE, f"{name}: expected an image of at most {self.pixels:,} pixels, got {width} × {height}"
+            )
+
+
+class Crop(NamedTuple):
+    """A region of an image of any size, as random resized crops are drawn (Inception; torchvision's transform).
+
+    `area`: share of the image's area; `aspect`: width ÷ height in pixels; `top`, `left`: where it lies, 0 at one edge,
+    1 at the other. A side that would be longer than the image's is as long as the image's.
+    """
+
+    area: float
+    aspect: float
+    top: float
+    left: float
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """The region of (C, H, W), a view."""
+        height, width = pixels.shape[1:]
+        area = self.area * height * width
+        rows = min(height, max(1, round(math.sqrt(area / self.aspect))))
+        columns = min(width, max(1, round(math.sqrt(area * self.aspect))))
+        top, left = round(self.top * (height - rows)), round(self.left * (width - columns))
+        return pixels[:, top : top + rows, left : left + columns]
+
+
+@dataclass(frozen=True)
+class View:
+    """How training looks at a medium: what it crops of every frame, and whether left and right are exchanged."""
+
+    flip: bool = False
+    crop: Crop | None = None
+
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What an image processor does: `height`, `width` of its output, whether it scales the shortest edge and crops."""
+    """What an image processor does: `height`, `width` of its output, whether it scales the shortest edge and crops.
+
+    `limits` are our own: files beyond them are refused before anything is decoded.
+    """
 
     channels: int
     height: int
@@ -37,6 +114,7 @@ class PixelSettings:
     rescale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    limits: Limits = Limits()
 
     @staticmethod
     def of(image_processor: Any, channels: int) -> PixelSettings:
@@ -82,58 +160,209 @@ def _per_channel(value: Any, channels: int, default: float) -> tuple[float, ...]
     return values if len(values) == channels else (values[0],) * channels
 
 
-def decode(image: Image, channels: int) -> Tensor:
-    """An encoded image → (C, H, W) uint8, upright (EXIF), grey or RGB.
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def decode(image: Image, channels: int, limits: Limits = Limits()) -> Tensor:
+    """An encoded image → (C, H, W) uint8, grey or RGB, in memory that is channels last.
+
+    It stands upright as EXIF says. What is transparent is laid over white; 16-bit samples keep their high byte; CMYK
+    becomes RGB as Pillow does it; of an animation it is the first frame. Colour profiles are not applied.
 
     Raises:
-        FlamingoError: where the bytes are no image; it names the image.
+        ImageError: where the bytes are no image of one of `FORMATS`, or not a whole one, or larger than `limits`.
     """
+    name, data = image.name or "image", image.data
+    limits.check_bytes(data, name)
+    pixels = _decode_jpeg(data, name, channels, limits)
+    if pixels is None:
+        pixels = _decode_with_pillow(data, name, channels, limits)
+    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+
+
+def _decode_jpeg(data: bytes, name: str, channels: int, limits: Limits) -> np.ndarray | None:
+    """Bytes → upright (H, W, C); None where that is left to Pillow: no JPEG, CMYK, colour to grey, slight damage."""
+    header = _read_jpeg_header(data)
+    if header is None or header.components not in (1, channels):
+        return None
+    limits.check_pixels(header.width, header.height, name)
     try:
-        if channels == 3 and simplejpeg.is_jpeg(image.data) and b"Exif" not in image.data[:64]:
-            return torch.from_numpy(rearrange(simplejpeg.decode_jpeg(image.data), "h w c -> c h w").copy())
-        picture = ImageOps.exif_transpose(PilImage.open(io.BytesIO(image.data))).convert(
-            "L" if channels == 1 else "RGB"
-        )
-    except Exception as error:  # Pillow and simplejpeg raise many kinds
-        raise FlamingoError(f"{image.name or 'image'}: expected an image file ({error})") from error
-    pixels = torch.from_numpy(np.array(picture))
-    return pixels[None] if channels == 1 else rearrange(pixels, "h w c -> c h w")
+        return _upright(simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY"), header.orientation)
+    except ValueError as error:
+        if "remature end" in str(
+            error
+        ):  # of the file or of a scan: Pillow may take the latter, and leave the rest grey
+            raise ImageError(NO_IMAGE, f"{name}: expected a whole image file (JPEG: {error})") from error
+        return None
 
 
-def resize(pixels: Tensor, settings: PixelSettings) -> Tensor:
-    """(N, C, H, W) uint8 of any size → (N, C, settings.height, settings.width) uint8."""
+class _JpegHeader(NamedTuple):
+    width: int
+    height: int
+    components: int
+    orientation: int
+
+
+def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
+    """What the markers before the first scan say; None where it is no JPEG or none that can be followed."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    place, frame, orientation = 2, None, 1
+    try:
+        while True:
+            while data[place] == 0xFF and data[place + 1] == 0xFF:  # markers may be padded
+                place += 1
+            start, marker = struct.unpack_from("BB", data, place)
+            if start != 0xFF:
+                return None
+            if marker == 0xDA:  # the first scan
+                return frame and _JpegHeader(*frame, orientation)
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                height, width, components = struct.unpack_from(">HHB", data, place + 5)
+                frame = (width, height, components)
+            length = int.from_bytes(data[place + 2 : place + 4], "big")
+            if marker == 0xE1 and data[place + 4 : place + 10] == EXIF:
+                orientation = _exif_orientation(data[place + 10 : place + 2 + length])
+            place += 2 + length
+    except (struct.error, IndexError):
+        return None
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """The orientation 1 … 8 that EXIF names in its first directory; 1 where it is silent or broken."""
+    order = "<" if exif.startswith(b"II") else ">"
+    try:
+        (directory,) = struct.unpack_from(order + "I", exif, 4)
+        (entries,) = struct.unpack_from(order + "H", exif, directory)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, directory + 2 + 12 * entry)
+            if tag == 0x0112:  # Orientation
+                return value if kind == 3 and 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, C) as it is stored → as it is meant to be seen."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _decode_with_pillow(data: bytes, name: str, channels: int, limits: Limits) -> np.ndarray:
+    """Bytes → upright (H, W, C)."""
+    kind = _kind(data)
+    if kind is None:
+        begin = f" that begin with {data.lstrip()[:12]!r}".replace("b'", "'") if data else ""
+        raise ImageError(NO_IMAGE, f"{name}: expected an image file, got {len(data):,} bytes{begin}")
+    try:
+        # Not PIL.Image.open, which warns of sizes that are for `limits` to judge.
+        picture = PilImage.OPEN[kind][0](io.BytesIO(data), "")
+        limits.check_pixels(*picture.size, name)
+        picture.load()
+        pixels = np.array(plain(picture, "L" if channels == 1 else "RGB"))
+    except (ImageError, MemoryError):
+        raise
+    except PilImage.DecompressionBombError as error:  # a frame of an animation that is larger than its picture
+        raise ImageError(TOO_LARGE, f"{name}: {error}") from error
+    except Exception as error:  # Pillow raises many kinds
+        raise ImageError(NO_IMAGE, f"{name}: expected a whole image file ({kind}: {error})") from error
+    exif = picture.info.get("exif") or b""  # a TIFF stands upright already
+    return _upright(pixels.reshape(*pixels.shape[:2], channels), _exif_orientation(exif.removeprefix(EXIF)))
+
+
+def _kind(data: bytes) -> str | None:
+    """The one of `FORMATS` that the first bytes announce."""
+    PilImage.init()
+    for kind in FORMATS:
+        _, accepts = PilImage.OPEN.get(kind, (None, None))
+        if accepts is not None and accepts(data[:16]) is True:
+            return kind
+    return None
+
+
+def plain(picture: PilImage.Image, mode: str) -> PilImage.Image:
+    """A picture of any mode as "RGB" or "L": what is transparent over white, of 16-bit samples the high byte.
+
+    Raises:
+        FlamingoError: where samples have no known range.
+    """
+    if picture.mode == "F":
+        raise FlamingoError("a picture of floating-point samples: expected 8 or 16 bits")
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
+        return PilImage.fromarray((np.array(picture).clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert(mode)
+    if picture.has_transparency_data:
+        white = PilImage.new("RGBA", picture.size, "white")
+        picture = PilImage.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert(mode)
+
+
+# -- to the tower's size -----------------------------------------------------------------------------------------------
+
+
+def resize(pixels: Tensor, settings: PixelSettings, view: View = View()) -> Tensor:
+    """(C, H, W) uint8 of any size → (C, settings.height, settings.width) uint8.
+
+    A view's crop fills the whole output, as in torchvision's random resized crop; without one the image is scaled and
+    cropped as the image processor does.
+    """
     height, width = settings.height, settings.width
-    if settings.shortest_edge is not None:
-        scale = settings.shortest_edge / min(pixels.shape[2:])
-        height, width = (max(1, int(edge * scale + 1e-6)) for edge in pixels.shape[2:])  # as transformers truncates
-    if pixels.shape[2:] != (height, width):
-        pixels = interpolate(pixels, (height, width), mode=settings.mode, antialias=settings.mode != "nearest")
+    if view.crop is not None:
+        pixels = view.crop.cut(pixels)
+    elif settings.shortest_edge is not None:
+        pixels = _without_ends(pixels, LONGEST * min(pixels.shape[1:]))
+        scale = settings.shortest_edge / min(pixels.shape[1:])
+        height, width = (max(1, int(edge * scale + 1e-6)) for edge in pixels.shape[1:])  # as transformers truncates
+    if pixels.shape[1:] != (height, width):
+        pixels = interpolate(pixels[None], (height, width), mode=settings.mode, antialias=settings.mode != "nearest")[0]
     top, left = (height - settings.height) // 2, (width - settings.width) // 2
     if top < 0 or left < 0:
         raise FlamingoError(f"image processor: crop of {settings.height}×{settings.width} is larger than its images")
-    return pixels[..., top : top + settings.height, left : left + settings.width]
+    pixels = pixels[:, top : top + settings.height, left : left + settings.width]
+    return pixels.flip(2) if view.flip else pixels
 
 
-def media_pixels(media: list[Medium] | tuple[Medium, ...], settings: PixelSettings) -> Tensor:
+def _without_ends(pixels: Tensor, longest: int) -> Tensor:
+    """The middle of (C, H, W), at most `longest` high and wide: a crop will not see more, and memory stays bounded."""
+    top, left = (max(0, edge - longest) // 2 for edge in pixels.shape[1:])
+    return pixels[:, top : top + longest, left : left + longest]
+
+
+def media_pixels(
+    media: Sequence[Medium], settings: PixelSettings, views: Sequence[View | None] | None = None
+) -> Tensor:
     """Images and videos → (N, F, C, H, W) float32, normalised; N may be 0.
 
+    Args:
+        views: of each medium, the same for all frames of a video; None: as the image processor shows it.
+
     Raises:
-        FlamingoError: where the media have different numbers of frames, or one cannot be decoded.
+        ImageError: where one cannot be decoded, or is larger than `settings.limits`.
+        FlamingoError: where the media have different numbers of frames, or there are not as many views.
     """
     frames = [medium.frames if isinstance(medium, Video) else (medium,) for medium in media]
     if len({len(each) for each in frames}) > 1:
         raise FlamingoError(
             f"media of {sorted({len(each) for each in frames})} frames in one batch: expected one number"
         )
-    shape = (settings.channels, settings.height, settings.width)
-    if not frames:
-        return torch.empty(0, 1, *shape)
-    decoded = [decode(frame, settings.channels) for each in frames for frame in each]
-    pixels = torch.empty(len(decoded), *shape, dtype=torch.uint8)
-    for size in {image.shape for image in decoded}:  # images of one size are resized together
-        alike = [i for i, image in enumerate(decoded) if image.shape == size]
-        pixels[alike] = resize(torch.stack([decoded[i] for i in alike]), settings)
+    views = [None] * len(frames) if views is None else views
+    if len(views) != len(frames):
+        raise FlamingoError(f"{len(views)} views of {len(frames)} media: expected one for each")
+    pixels = torch.empty(
+        len(frames), len(frames[0]) if frames else 1, settings.channels, settings.height, settings.width
+    )
+    # (x · rescale − mean) / std, as one multiplication and one addition; image by image, while it is in the cache
     mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
-    # (x · rescale − mean) / std, as one multiplication and one addition
-    pixels = pixels.float().mul_(settings.rescale / std).sub_(mean / std)
-    return rearrange(pixels, "(n f) c h w -> n f c h w", n=len(frames))
+    scale, shift = settings.rescale / std, mean / std
+    for medium, view, filled in zip(frames, views, pixels, strict=True):
+        for frame, place in zip(medium, filled, strict=True):
+            small = resize(decode(frame, settings.channels, settings.limits), settings, view or View())
+            place.copy_(small).mul_(scale).sub_(shift)
+    return pixels

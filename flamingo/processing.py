@@ -20,7 +20,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from flamingo.document import Document, Image, Medium, Text, Video
 from flamingo.errors import FlamingoError
-from flamingo.images import PixelSettings, media_pixels
+from flamingo.images import PixelSettings, View, media_pixels, plain
 from flamingo.media import visible_media
 
 IMAGE_TOKEN = "<image>"
@@ -46,7 +46,8 @@ IGNORED = -100
 class Encoding:
     """A document as the model reads it: ids and labels of one length (−100: no loss), its media, and its text.
 
-    With `next_media` its texts belong to the medium that comes next (training only, see `flamingo.media`).
+    With `next_media` its texts belong to the medium that comes next (training only, see `flamingo.media`). `views` are
+    of its media, where training flips or crops them.
     """
 
     input_ids: list[int]
@@ -54,6 +55,7 @@ class Encoding:
     media: tuple[Medium, ...]
     text: str
     next_media: bool = False
+    views: tuple[View, ...] | None = None
 
 
 def render(document: Document) -> tuple[str, list[tuple[int, int, bool]]]:
@@ -159,9 +161,17 @@ class FlamingoProcessor(ProcessorMixin):
             input_ids, labels = [*input_ids, end], [*labels, end if supervised else IGNORED]
         return Encoding(input_ids, labels, media, text)
 
-    def pixels(self, media: Sequence[Medium]) -> Tensor:
-        """Decode media → (N, F, C, H, W) float32, as the vision tower wants them; N may be 0."""
-        return media_pixels(tuple(media), self.pixel_settings)
+    def pixels(self, media: Sequence[Medium], views: Sequence[View | None] | None = None) -> Tensor:
+        """Decode media → (N, F, C, H, W) float32, as the vision tower wants them; N may be 0.
+
+        Args:
+            views: of each medium, where it is to be flipped or cropped.
+
+        Raises:
+            ImageError: where one is no image file, or too large for `pixel_settings.limits`; it names it.
+            FlamingoError: where they differ in their numbers of frames.
+        """
+        return media_pixels(media, self.pixel_settings, views)
 
     def collate(
         self,
@@ -250,7 +260,8 @@ class FlamingoProcessor(ProcessorMixin):
     def _join_pixels(self, encodings: Sequence[Encoding], pixels: Sequence[Tensor] | None) -> Tensor:
         """The (N, F, C, H, W) of all encodings, decoded here or given for each of them."""
         if pixels is None:
-            return self.pixels([medium for encoding in encodings for medium in encoding.media])
+            views = [view for each in encodings for view in each.views or [None] * len(each.media)]
+            return self.pixels([medium for encoding in encodings for medium in encoding.media], views)
         found, expected = [len(each) for each in pixels], [len(encoding.media) for encoding in encodings]
         if found != expected:
             raise FlamingoError(f"collate: pixels of {found} media a sequence: expected {expected}")
@@ -399,7 +410,7 @@ def _as_image(given: Any, name: str) -> Image:
             f"{name}: expected a PIL image, a path, bytes or flamingo.Image, got {type(given).__name__}"
         )
     buffer = io.BytesIO()
-    ImageOps.exif_transpose(given).convert("RGB").save(buffer, "PNG")  # PNG keeps neither all modes nor orientation
+    plain(ImageOps.exif_transpose(given), "RGB").save(buffer, "PNG")  # PNG keeps neither all modes nor orientation
     return Image(buffer.getvalue(), name)
 
 
