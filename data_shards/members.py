@@ -1,8 +1,8 @@
-"""The members of one sample's bytes of a tar: read without a tarfile object, and refused where they are not plain files.
+"""The members of one sample in a tar: read without a tarfile object, and refused where they are not plain files.
 
-`tarfile` takes 50 µs a member, which a loader pays for every image; this reads what it needs of ustar, GNU and PAX
-headers. Nothing is ever unpacked to disk; names that would leave a folder are refused all the same, because whoever
-made such a tar meant harm, or damaged it.
+`tarfile` takes a few percent of the time in which an image is decoded; this reads what it needs of ustar, GNU and PAX
+headers in a third of that. Nothing is ever unpacked to disk; names that would leave a folder are refused all the same,
+because whoever made such a tar meant harm, or damaged it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def read_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
     Raises:
         SampleError: where they are no members of one sample, are cut short, or are not plain files with safe names.
     """
-    key, members = None, {}
-    at, extended = 0, {}
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    extended: dict[str, str] = {}
+    at = 0
     while at < len(data):
         header = data[at : at + BLOCK]
         if not any(header):  # the mark of the end
@@ -57,16 +59,16 @@ def read_sample(data: bytes) -> tuple[str, dict[str, bytes]]:
         kind, name = header[156:157], extended.get("path") or _name(header)
         try:
             size = int(extended.get("size") or _number(header[124:136]))
-            begin = at + BLOCK
-            at = begin + -(-size // BLOCK) * BLOCK
-            if size < 0 or begin + size > len(data):
-                raise SampleError(TRUNCATED, f"{name} of {size} bytes is not all there", key or "")
-            content = data[begin : begin + size]
-            if kind in b"xgLK":
-                extended |= _extension(kind, content)
-                continue
+            content = data[at + BLOCK : at + BLOCK + size]
+            extension = _extension(kind, content) if kind in (b"x", b"g", b"L", b"K") else None
         except ValueError as error:
             raise SampleError(NOT_A_TAR, f"{name}: broken header ({error})", key or "") from error
+        if len(content) != size:
+            raise SampleError(TRUNCATED, f"{name} of {size} bytes is not all there", key or "")
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+        if extension is not None:
+            extended |= extension
+            continue
         extended = {}
         split = split_name(name)
         own = split[0] if split else key or ""

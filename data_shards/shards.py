@@ -11,16 +11,19 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from webdataset import TarWriter
 
+from data_shards.faults import BAD_JSON, DUPLICATE_KEY, MISSING_IMAGE, NO_DOCUMENT, NOT_A_TAR, TRUNCATED, SampleError
+from data_shards.members import BLOCK, is_header, is_unsafe, read_sample
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256, write_text
@@ -60,30 +63,59 @@ def from_sample(key: str, members: dict[str, bytes]) -> Document:
     """The document of the members `{name after the key: bytes}`; the inverse of `to_sample`.
 
     Raises:
-        FlamingoError: where the JSON is missing or malformed, or an image that it names is not there.
+        SampleError: where the JSON is missing or malformed, or an image that it names is not there.
     """
+    if "json" not in members:
+        raise SampleError(NO_DOCUMENT, f"expected a member {key}.json, found {', '.join(sorted(members))}")
+    try:
+        record = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise SampleError(BAD_JSON, f"{key}.json: {error}") from error
+    try:
+        segments = tuple(_segment(entry, key, members) for entry in record["segments"])
+        return Document(segments, key, record.get("source", ""), record.get("metadata", {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SampleError(NO_DOCUMENT, f"{key}.json is no document ({type(error).__name__}: {error})") from error
+
+
+def _segment(entry: dict[str, Any], key: str, members: dict[str, bytes]) -> Segment:
+    """A segment of the JSON, with the images that it names."""
 
     def image(name: str) -> Image:
         if name not in members:
-            raise FlamingoError(f"sample {key}: the image {key}.{name} that its document names is missing")
+            raise SampleError(MISSING_IMAGE, f"{key}.{name}, which the document names")
         return Image(members[name], f"{key}.{name}")
 
-    if "json" not in members:
-        raise FlamingoError(f"sample {key}: expected a member {key}.json")
-    try:
-        record = json.loads(members["json"])
-        listed = record["segments"]
-        segments: list[Segment] = []
-        for entry in listed:
-            if "text" in entry:
-                segments.append(Text(entry["text"], entry.get("supervised", True)))
-            elif "video" in entry:
-                segments.append(Video(tuple(image(name) for name in entry["video"])))
-            else:
-                segments.append(image(entry["image"]))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise FlamingoError(f"sample {key}: {key}.json is no document ({type(error).__name__}: {error})") from error
-    return Document(tuple(segments), key, record.get("source", ""), record.get("metadata", {}))
+    if "text" in entry:
+        if not isinstance(entry["text"], str):
+            raise TypeError("a text that is no string")
+        return Text(entry["text"], bool(entry.get("supervised", True)))
+    if "video" in entry:
+        return Video(tuple(image(name) for name in entry["video"]))
+    return image(entry["image"])
+
+
+def _mmc4_sample(key: str, members: dict[str, bytes]) -> Document:
+    from data_shards.sources.mmc4 import sample_document  # sources write shards, so they import this module
+
+    return sample_document(key, members)
+
+
+def _pairs_sample(key: str, members: dict[str, bytes]) -> Document:
+    from data_shards.sources.pairs import sample_document
+
+    return sample_document(key, members)
+
+
+SAMPLE_FORMATS: dict[str, Callable[[str, dict[str, bytes]], Document]] = {
+    "documents": from_sample,
+    "mmc4": _mmc4_sample,
+    "pairs": _pairs_sample,
+}
+"""How a key and its members become a document; each raises FlamingoError, which may carry a `reason`, on a bad sample.
+
+`documents` are ours; `mmc4` are OpenFlamingo's tars, JSON with images inside; `pairs` are img2dataset's.
+"""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -203,7 +235,7 @@ def write_index(folder: str | Path, entries: Iterable[dict[str, Any]], *, sample
     Args:
         folder: of the shards.
         entries: of each shard its `file` name, number of `samples`, `bytes` and `sha256`.
-        samples: the form of a sample's members, `documents`, `mmc4` or `pairs`.
+        samples: the form of a sample's members, a name of `SAMPLE_FORMATS`.
     """
     listed = sorted(entries, key=lambda entry: entry["file"])
     content = {"format": FORMAT, "samples": samples, "shards": listed}
@@ -212,64 +244,128 @@ def write_index(folder: str | Path, entries: Iterable[dict[str, Any]], *, sample
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
+OPEN_FILES = 64
+"""shards of a set that a process keeps open"""
+
+
+class Folder:
+    """A folder of shards on this machine; `data_shards.remote` has one that is elsewhere.
+
+    Args:
+        name: of the folder, for messages.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._kept_open = lru_cache(maxsize=OPEN_FILES)(self.open)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers open their own files."""
+        return type(self), (self.name,)
+
+    def open(self, shard: Shard) -> io.FileIO:
+        """Open a shard's file for reading."""
+        return io.FileIO(Path(self.name, shard.file))
+
+    def offsets(self, shard: Shard) -> np.ndarray:
+        """(samples + 1,) int64, mapped from the file.
+
+        Raises:
+            FlamingoError: where the file does not fit the shard; it names it.
+        """
+        return load_offsets(offsets_path(Path(self.name, shard.file)), shard)
+
+    def read(self, shard: Shard, start: int, size: int) -> bytes:
+        """Bytes of a shard; fewer where it is shorter."""
+        try:
+            file = self._kept_open(shard)
+            # pread keeps no position, so that threads and forked workers may share the file
+            return os.pread(file.fileno(), size, start)
+        except OSError as error:
+            raise FlamingoError(f"{shard.place}: expected a file that can be read ({error.strerror})") from error
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file of an indexed folder."""
+    """One tar file of an indexed folder.
 
-    path: Path
+    Attributes:
+        folder: where it is.
+        file: its name there.
+        samples, size, sha256: what the index says of it; the size in bytes.
+        form: of its samples, a name of `SAMPLE_FORMATS`.
+        repeated: samples whose key an earlier sample of the shard has, which only who indexes it can see.
+    """
+
+    folder: Folder
+    file: str
     samples: int
-    bytes: int
+    size: int
     sha256: str
+    form: str = "documents"
+    repeated: frozenset[int] = frozenset()
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return f"{self.folder.name}/{self.file}"
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """(samples + 1,) int64, mapped from the file."""
-        return np.load(offsets_path(self.path), mmap_mode="r")
-
-    @cached_property
-    def _file(self) -> io.FileIO:
-        return io.FileIO(self.path)
+        """(samples + 1,) int64: where each sample begins, and where the last one ends."""
+        return self.folder.offsets(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open file, for workers."""
-        return {name: value for name, value in vars(self).items() if name not in ("_file", "offsets")}
+        """Without the offsets, for workers."""
+        return {name: value for name, value in vars(self).items() if name != "offsets"}
 
     def read(self, index: int) -> Document:
         """The document of sample `index`.
 
         Raises:
-            FlamingoError: where the bytes there are no sample; it names the shard.
+            SampleError: where the bytes there are no sample; it says where and why.
+            FlamingoError: where the shard or its offsets cannot be read at all.
         """
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        # pread keeps no position, so that threads and forked workers may share the file
-        data = os.pread(self._file.fileno(), end - start, start)
+        key, data = f"#{index}", self._bytes(index)
         try:
-            members = dict(_members(data))
-        except (tarfile.TarError, ValueError) as error:
-            raise FlamingoError(f"{self.path}: sample {index} is no part of a tar file ({error})") from error
-        keys = {name.partition(".")[0] for name in members}
-        if len(keys) != 1:
-            raise FlamingoError(f"{self.path}: sample {index} holds {sorted(keys)}: expected one key")
-        key = keys.pop()
-        try:
-            return from_sample(key, {name[len(key) + 1 :]: content for name, content in members.items()})
+            key, members = read_sample(data)
+            if index in self.repeated:
+                raise SampleError(DUPLICATE_KEY, "an earlier sample of the shard has it")
+            return SAMPLE_FORMATS[self.form](key, members)
         except FlamingoError as error:
-            raise FlamingoError(f"{self.path}: {error}") from error
+            raise SampleError.of(error, key, self.place) from error
+
+    def _bytes(self, index: int) -> bytes:
+        """The bytes of a sample, headers included."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        data = self.folder.read(self, start, end - start)
+        if len(data) == end - start:
+            return data
+        if not is_header(self.folder.read(self, 0, BLOCK)):
+            raise SampleError(NOT_A_TAR, "no header at its beginning", f"#{index}", self.place)
+        raise SampleError(TRUNCATED, f"expected {self.size} bytes, as {INDEX} says", f"#{index}", self.place)
 
 
-def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            if member.isfile():
-                start = member.offset_data
-                yield member.name, data[start : start + member.size]
+def load_offsets(path: Path, shard: Shard) -> np.ndarray:
+    """Map a shard's offsets from a file.
+
+    Raises:
+        FlamingoError: where the file does not fit the shard; it names it.
+    """
+    try:
+        offsets = np.load(path, mmap_mode="r")
+        fits = offsets.shape == (shard.samples + 1,) and offsets.dtype == np.int64
+        if not fits or offsets[0] < 0 or offsets[-1] > shard.size or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError("others")
+    except (OSError, ValueError, EOFError) as error:
+        raise FlamingoError(f"{path}: expected {shard.samples + 1} rising offsets within {shard.file}") from error
+    return offsets
 
 
 class ShardSet:
     """The documents of a folder of shards, by number, in the order in which they were written."""
 
-    def __init__(self, folder: Path, shards: list[Shard]):
+    def __init__(self, folder: str, shards: list[Shard]):
         self.folder, self.shards = folder, shards
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
 
@@ -290,42 +386,76 @@ class ShardSet:
     @cached_property
     def sha256(self) -> str:
         """One hash of what the index says, for resuming."""
-        lines = "".join(f"{shard.path.name} {shard.sha256}\n" for shard in self.shards)
+        lines = "".join(f"{shard.file} {shard.sha256} {shard.form}\n" for shard in self.shards)
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def open_shards(folder: str | Path) -> ShardSet:
-    """Open an indexed folder of shards; every shard is there, is a tar file, and has its indexed size.
+def open_shards(folder: str | Path, *, cache: str | Path | None = None, cache_bytes: int = 64 << 30) -> ShardSet:
+    """Open an indexed folder of shards: on this machine, or anything that fsspec opens (`https://…`, `s3://…`).
+
+    The index and the files that it lists have to be there; what is in them is seen when samples are read.
+
+    Args:
+        folder: path or URL.
+        cache: folder on this machine to which remote shards are brought when they are read; needed for a URL alone.
+        cache_bytes: how much of it they may fill (see `data_shards.remote`).
 
     Raises:
-        FlamingoError: otherwise; it names the folder or the shard.
+        FlamingoError: where the folder, its index, or a shard is missing; it names it.
     """
+    if "://" in str(folder):
+        from data_shards.remote import open_remote  # fsspec, for those who need it
+
+        if cache is None:
+            raise FlamingoError(f"{folder}: expected a cache, a folder for shards that are brought here")
+        return open_remote(str(folder), Path(cache), cache_bytes)
     folder = Path(folder)
     if not folder.is_dir():
         raise FlamingoError(f"{folder}: there is no such folder of shards")
     if not (folder / INDEX).is_file():
         for path in sorted(folder.glob("*.tar")):
-            _check_tar(path)
+            if not tarfile.is_tarfile(path):
+                raise FlamingoError(f"{path}: expected a tar file")
         raise FlamingoError(f"{folder}: expected an {INDEX}; its shards were not written to the end")
+    opened = read_index((folder / INDEX).read_bytes(), Folder(str(folder)))
+    for shard in opened.shards:
+        path = folder / shard.file
+        if not path.is_file():
+            raise FlamingoError(f"{path}: the shard is missing")
+        if not offsets_path(path).is_file():
+            raise FlamingoError(f"{path}: expected its offsets beside it, {offsets_path(path).name}")
+    return opened
+
+
+def read_index(content: bytes, folder: Folder) -> ShardSet:
+    """The shards that an `index.json` lists.
+
+    Raises:
+        FlamingoError: where it is none, is of a later format, or lists no document.
+    """
+    where = f"{folder.name}/{INDEX}"
     try:
-        index = json.loads((folder / INDEX).read_text())
-        entries = [(entry["file"], entry["samples"], entry["bytes"], entry["sha256"]) for entry in index["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FlamingoError(f"{folder / INDEX}: expected a list `shards` of file, samples, bytes, sha256") from error
-    shards = []
-    for file, samples, size, digest in entries:
-        path = folder / file
-        _check_tar(path)
-        if path.stat().st_size != size or not offsets_path(path).is_file():
-            raise FlamingoError(f"{path}: expected {size} bytes and {offsets_path(path).name}, as {INDEX} says")
-        shards.append(Shard(path, samples, size, digest))
+        index = json.loads(content)
+        version, form = index.get("format", 1), index.get("samples", "documents")
+        if version > FORMAT or form not in SAMPLE_FORMATS:
+            raise FlamingoError(
+                f"{where}: format {version} with samples of form {form!r}: expected at most format {FORMAT}, and "
+                f"{', '.join(SAMPLE_FORMATS)}"
+            )
+        shards = [_listed(entry, folder, form) for entry in index["shards"]]
+    except FlamingoError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FlamingoError(f"{where}: expected a list `shards` of file, samples, bytes, sha256") from error
     if not sum(shard.samples for shard in shards):
-        raise FlamingoError(f"{folder}: expected at least one document")
-    return ShardSet(folder, shards)
+        raise FlamingoError(f"{folder.name}: expected at least one document")
+    return ShardSet(folder.name, shards)
 
 
-def _check_tar(path: Path) -> None:
-    if not path.is_file():
-        raise FlamingoError(f"{path}: the shard is missing")
-    if not tarfile.is_tarfile(path):
-        raise FlamingoError(f"{path}: expected a tar file")
+def _listed(entry: dict[str, Any], folder: Folder, form: str) -> Shard:
+    """A shard as the index lists it."""
+    file, digest, samples, size = entry["file"], entry["sha256"], entry["samples"], entry["bytes"]
+    counts = isinstance(samples, int) and isinstance(size, int) and samples >= 0
+    if is_unsafe(file) or not re.fullmatch(r"[0-9a-f]{64}", digest) or not counts:
+        raise ValueError(file)
+    return Shard(folder, file, samples, size, digest, form, frozenset(entry.get("repeated", ())))
