@@ -244,7 +244,7 @@ def write_index(folder: str | Path, entries: Iterable[dict[str, Any]], *, sample
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
-OPEN_FILES = 64
+OPEN_SHARDS = 64
 """shards of a set that a process keeps open"""
 
 
@@ -257,32 +257,44 @@ class Folder:
 
     def __init__(self, name: str):
         self.name = name
-        self._kept_open = lru_cache(maxsize=OPEN_FILES)(self.open)
+        self.opened = lru_cache(maxsize=OPEN_SHARDS)(self.open)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers open their own files."""
         return type(self), (self.name,)
 
-    def open(self, shard: Shard) -> io.FileIO:
-        """Open a shard's file for reading."""
-        return io.FileIO(Path(self.name, shard.file))
-
-    def offsets(self, shard: Shard) -> np.ndarray:
-        """(samples + 1,) int64, mapped from the file.
+    def open(self, shard: Shard) -> OpenShard:
+        """Open a shard's files; `opened` keeps those that were used last.
 
         Raises:
-            FlamingoError: where the file does not fit the shard; it names it.
+            FlamingoError: where that cannot be done; it names the file.
         """
-        return load_offsets(offsets_path(Path(self.name, shard.file)), shard)
+        path = Path(self.name, shard.file)
+        return OpenShard(path, offsets_path(path), shard)
 
-    def read(self, shard: Shard, start: int, size: int) -> bytes:
-        """Bytes of a shard; fewer where it is shorter."""
+
+class OpenShard:
+    """A shard's open file, and its offsets mapped from theirs.
+
+    Raises:
+        FlamingoError: where the files cannot be read, or the offsets are those of another shard; it names the file.
+    """
+
+    def __init__(self, path: Path, offsets: Path, shard: Shard):
+        self.path = path
         try:
-            file = self._kept_open(shard)
-            # pread keeps no position, so that threads and forked workers may share the file
-            return os.pread(file.fileno(), size, start)
+            self.file = io.FileIO(path)
         except OSError as error:
-            raise FlamingoError(f"{shard.place}: expected a file that can be read ({error.strerror})") from error
+            raise FlamingoError(f"{path}: expected a file that can be read ({error.strerror})") from error
+        self.offsets = load_offsets(offsets, shard)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes of the file; fewer where it is shorter."""
+        try:
+            # pread keeps no position, so that threads and forked workers may share the file
+            return os.pread(self.file.fileno(), size, start)
+        except OSError as error:
+            raise FlamingoError(f"{self.path}: expected a file that can be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True)
@@ -310,14 +322,10 @@ class Shard:
         """Where it is, for messages."""
         return f"{self.folder.name}/{self.file}"
 
-    @cached_property
+    @property
     def offsets(self) -> np.ndarray:
         """(samples + 1,) int64: where each sample begins, and where the last one ends."""
-        return self.folder.offsets(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the offsets, for workers."""
-        return {name: value for name, value in vars(self).items() if name != "offsets"}
+        return self.folder.opened(self).offsets
 
     def read(self, index: int) -> Document:
         """The document of sample `index`.
@@ -337,11 +345,12 @@ class Shard:
 
     def _bytes(self, index: int) -> bytes:
         """The bytes of a sample, headers included."""
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        data = self.folder.read(self, start, end - start)
+        opened = self.folder.opened(self)
+        start, end = (int(offset) for offset in opened.offsets[index : index + 2])
+        data = opened.read(start, end - start)
         if len(data) == end - start:
             return data
-        if not is_header(self.folder.read(self, 0, BLOCK)):
+        if not is_header(opened.read(0, BLOCK)):
             raise SampleError(NOT_A_TAR, "no header at its beginning", f"#{index}", self.place)
         raise SampleError(TRUNCATED, f"expected {self.size} bytes, as {INDEX} says", f"#{index}", self.place)
 
