@@ -181,19 +181,21 @@ def decode(image: Image, channels: int, limits: Limits = Limits()) -> Tensor:
 
 
 def _decode_jpeg(data: bytes, name: str, channels: int, limits: Limits) -> np.ndarray | None:
-    """Bytes → upright (H, W, C); None where that is left to Pillow: no JPEG, CMYK, colour to grey, slight damage."""
+    """Bytes → upright (H, W, C); None where that is left to Pillow: what is no JPEG, CMYK, slight damage."""
     header = _read_jpeg_header(data)
-    if header is None or header.components not in (1, channels):
+    if header is None or header.components not in (1, 3):
         return None
     limits.check_pixels(header.width, header.height, name)
     try:
-        return _upright(simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY"), header.orientation)
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == header.components == 1 else "RGB")
     except ValueError as error:
-        if "remature end" in str(
-            error
-        ):  # of the file or of a scan: Pillow may take the latter, and leave the rest grey
+        # The end of the file, or of a scan: Pillow may take the latter for an image, and leave its rest grey.
+        if "remature end" in str(error):
             raise ImageError(NO_IMAGE, f"{name}: expected a whole image file (JPEG: {error})") from error
         return None
+    if pixels.shape[2] > channels:
+        pixels = np.array(PilImage.fromarray(pixels).convert("L"))[..., None]
+    return _upright(pixels, header.orientation)
 
 
 class _JpegHeader(NamedTuple):
