@@ -1,7 +1,7 @@
 """Where a source's images are: beside it, in a folder tree, in tars, or in img2dataset's output, found by name or URL.
 
-An index of a tree or of tars holds hashes and offsets, never names or contents: 64 to 90 bytes an image, which forked
-processes share.
+An index of a tree or of tars holds hashes and offsets, never contents: some 60 bytes an image and, of loose files,
+their paths. A reader keeps it and is sent to other processes with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.faults import LINK, MISSING_IMAGE, NOT_A_TAR, UNSAFE_NAME, SampleError
+from data_shards.members import is_unsafe
 from data_shards.sources.reading import image_file, parse_object
 from data_shards.sources.tables import TABLES, table_records
-from data_shards.sources.tars import NOT_A_FILE, Member, read_range, tar_members, unsafe
+from data_shards.sources.tars import NOT_A_FILE, Member, read_range, tar_members
 from flamingo.document import Image
 from flamingo.errors import FlamingoError
 
@@ -61,7 +62,7 @@ class FilesBeside:
         for name in names:
             if "://" in name:
                 continue
-            if unsafe(name):
+            if is_unsafe(name):
                 raise SampleError(UNSAFE_NAME, f"{name}: expected a path below {self.folder}")
             try:
                 data = Path(self.folder, name).read_bytes()
@@ -96,13 +97,10 @@ class ImageStore:
     """(E,) int64"""
     paths: bytes = field(repr=False)
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
     def read(self, *names: str) -> Image:
         """See `ImageSource`."""
         for name in names:
-            if "://" not in name and unsafe(name):
+            if "://" not in name and is_unsafe(name):
                 raise SampleError(UNSAFE_NAME, f"{name}: expected a path below {self.root}")
             entry = self.find(name)
             if entry is not None:
@@ -130,27 +128,20 @@ class ImageStore:
             raise SampleError(MISSING_IMAGE, f"{path}: {error.strerror}") from error
 
 
-def open_images(images: str, table: str, folder: str) -> ImageSource:
-    """What a reader's options `images` and `image_table` mean, beside an input that is in `folder`.
-
-    An index is made once in a process, and forked ones share it.
+def open_images(images: str, table: str) -> ImageStore | None:
+    """What a reader's options `images` and `image_table` mean; None where both are empty.
 
     Args:
-        images: a folder tree, a tar or a glob of tars; "" for files beside the table, or beside the input.
+        images: a folder tree, a tar or a glob of tars; "" for files beside the table.
         table: a table (parquet, csv, tsv, json, jsonl) of `url` and `file` (a path or a name that is found in
             `images`); "" for none. img2dataset's own tables and JSON files are found without being named.
-        folder: of the input.
 
     Raises:
         FlamingoError: where there is no such folder, tar or table, or one cannot be read.
     """
     if not images and not table:
-        return FilesBeside(folder)
-    return _open_store(images or str(Path(table).parent), table)
-
-
-@lru_cache(maxsize=4)
-def _open_store(images: str, table: str) -> ImageStore:
+        return None
+    images = images or str(Path(table).parent)
     index = _Index(images)
     path = Path(images)
     if path.is_dir():

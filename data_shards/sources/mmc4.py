@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from data_shards.account import Account
 from data_shards.faults import BAD_MATRIX, MISSING_IMAGE, NO_DOCUMENT, SampleError
 from data_shards.sources import Record
-from data_shards.sources.images import ImageSource, open_images
+from data_shards.sources.images import ImageStore, open_images
 from data_shards.sources.reading import (
     BAD_RECORD,
     DISSIMILAR,
@@ -86,8 +87,8 @@ class Mmc4Reader:
             raise FlamingoError("max_images, min_image_bytes: expected numbers from 0 on")
 
     def parts(self) -> Sequence[str]:
-        """The files, sorted; the index of the images is made here, so that forked processes share it."""
-        self._store()
+        """The files, sorted. The images are indexed here, once: the reader carries the index to other processes."""
+        _ = self._store
         return find_files(self.input, LINES, (".tar",))
 
     def records(self, part: str) -> Iterator[Record]:
@@ -175,8 +176,8 @@ class Mmc4Reader:
         called = names[0] if names else f"image {number}"
         if info.get("image_base64") is not None:
             image = image_file(decode_base64(info["image_base64"]), called)
-        elif names and (store := self._store()) is not None:
-            image = store.read(*names)
+        elif names and self._store is not None:
+            image = self._store.read(*names)
         else:
             raise SampleError(MISSING_IMAGE, called)
         return self._large_enough(image)
@@ -231,8 +232,9 @@ class Mmc4Reader:
             kept += 1
         return parts
 
-    def _store(self) -> ImageSource | None:
-        return open_images(self.images, self.image_table, "") if self.images or self.image_table else None
+    @cached_property
+    def _store(self) -> ImageStore | None:
+        return open_images(self.images, self.image_table)
 
 
 def sample_document(key: str, members: dict[str, bytes]) -> Document:
@@ -244,9 +246,9 @@ def sample_document(key: str, members: dict[str, bytes]) -> Document:
     try:
         return replace(Mmc4Reader("").document(_json_member(members), Images()), key=key)
     except SampleError as error:
-        raise SampleError(error.reason, f"sample {key}: {error.detail}") from error
+        raise SampleError.of(error, key) from error
     except RecursionError as error:
-        raise SampleError(BAD_RECORD, f"sample {key}: nested too deeply") from error
+        raise SampleError(BAD_RECORD, "nested too deeply", key) from error
 
 
 def _json(content: Row | TarSample | SampleError) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_shards.account import Account
 from data_shards.faults import SampleError
 from data_shards.sources import Record
-from data_shards.sources.images import ImageSource, open_images
+from data_shards.sources.images import FilesBeside, ImageSource, ImageStore, open_images
 from data_shards.sources.reading import BAD_RECORD, Images, Row, checked_segments, find_files, plain, read_record
 from data_shards.sources.tables import table_records
 from flamingo.document import Document, Image
@@ -41,9 +42,9 @@ class ObelicsReader:
     """name of the source in its documents; losses are reported by it"""
 
     def parts(self) -> Sequence[str]:
-        """The files, sorted; the index of the images is made here, so that forked processes share it."""
+        """The files, sorted. The images are indexed here, once: the reader carries the index to other processes."""
         found = find_files(self.input, _ENDINGS)
-        self._store(found[0])
+        _ = self._index
         return found
 
     def records(self, part: str) -> Iterator[Record]:
@@ -104,8 +105,12 @@ class ObelicsReader:
                 images.lose(error.reason, error.detail)
         return parts
 
+    @cached_property
+    def _index(self) -> ImageStore | None:
+        return open_images(self.images, self.image_table)
+
     def _store(self, file: str) -> ImageSource:
-        return open_images(self.images, self.image_table, str(Path(file).parent))
+        return FilesBeside(str(Path(file).parent)) if self._index is None else self._index
 
 
 def _parsed(text: str) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from data_shards.account import Account
 from data_shards.faults import MISSING_IMAGE, SampleError
 from data_shards.sources import Record
-from data_shards.sources.images import ImageSource, open_images
+from data_shards.sources.images import FilesBeside, ImageSource, ImageStore, open_images
 from data_shards.sources.reading import (
     BAD_RECORD,
     IMAGE_SUFFIXES,
@@ -57,10 +58,10 @@ class PairsReader:
             raise FlamingoError(f"captions={self.captions!r}: expected all or first")
 
     def parts(self) -> Sequence[str]:
-        """The files, sorted; the index of the images is made here, so that forked processes share it."""
+        """The files, sorted. The images are indexed here, once: the reader carries the index to other processes."""
         found = find_files(self.input, (".tar",), TABLES)
         if not found[0].lower().endswith(".tar"):
-            self._store(found[0])
+            _ = self._index
         return found
 
     def records(self, part: str) -> Iterator[Record]:
@@ -101,8 +102,12 @@ class PairsReader:
             raise SampleError(MISSING_IMAGE, f"expected a file name, a URL or bytes, found {type(named).__name__}")
         return self._store(row.file).read(named), captions
 
+    @cached_property
+    def _index(self) -> ImageStore | None:
+        return open_images(self.images, self.image_table)
+
     def _store(self, file: str) -> ImageSource:
-        return open_images(self.images, self.image_table, str(Path(file).parent))
+        return FilesBeside(str(Path(file).parent)) if self._index is None else self._index
 
 
 def sample_document(key: str, members: dict[str, bytes]) -> Document:
@@ -114,7 +119,7 @@ def sample_document(key: str, members: dict[str, bytes]) -> Document:
     try:
         image, captions = _sample(key, members)
     except SampleError as error:
-        raise SampleError(error.reason, f"sample {key}: {error.detail}") from error
+        raise SampleError.of(error, key) from error
     return Document((image, Text(plain(captions[0]))), key=key)
 
 

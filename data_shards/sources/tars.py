@@ -5,9 +5,9 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from data_shards.faults import DUPLICATE_KEY, LINK, NOT_A_TAR, TRUNCATED, UNSAFE_NAME, SampleError
+from data_shards.members import is_unsafe, split_name
 from data_shards.sources import Record
 from flamingo.errors import FlamingoError
 
@@ -22,12 +22,6 @@ class Member:
     offset: int
     size: int
     fault: str = ""
-
-
-def unsafe(name: str) -> bool:
-    """Whether a name is absolute or leads outside of the folder that it is relative to."""
-    parts = name.replace("\\", "/").split("/")
-    return not parts[0] or parts[0].endswith(":") or ".." in parts
 
 
 def tar_members(path: str) -> Iterator[Member]:
@@ -58,7 +52,7 @@ def tar_members(path: str) -> Iterator[Member]:
 def _fault(info: tarfile.TarInfo) -> str:
     if info.issym() or info.islnk():
         return LINK
-    if unsafe(info.name):
+    if is_unsafe(info.name):
         return UNSAFE_NAME
     return "" if info.isreg() and not info.issparse() else NOT_A_FILE
 
@@ -112,15 +106,17 @@ def sample_records(part: str) -> Iterator[Record]:
     """
     key, members = "", list[Member]()
     try:
-        for member in chain(tar_members(part), (None,)):
-            folder, slash, base = (member.name if member else "").rpartition("/")
-            stem, _, name = base.partition(".")
-            if members and (member is None or folder + slash + stem != key):
+        for member in tar_members(part):
+            split = split_name(member.name)
+            if split is None:
+                continue  # of no sample
+            if members and split[0] != key:
                 yield Record(f"{part}:{key}", TarSample(part, key, tuple(members)))
                 members = []
-            if member is not None:
-                key = folder + slash + stem
-                members.append(replace(member, name=name))
+            key = split[0]
+            members.append(replace(member, name=split[1]))
+        if members:
+            yield Record(f"{part}:{key}", TarSample(part, key, tuple(members)))
     except SampleError as error:
         if error.reason == NOT_A_TAR:
             raise FlamingoError(error.detail) from error
