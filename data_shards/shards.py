@@ -255,9 +255,11 @@ class Folder:
         name: of the folder, for messages.
     """
 
+    open_at_once = OPEN_SHARDS
+
     def __init__(self, name: str):
         self.name = name
-        self.opened = lru_cache(maxsize=OPEN_SHARDS)(self.open)
+        self.opened = lru_cache(maxsize=self.open_at_once)(self.open)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers open their own files."""
