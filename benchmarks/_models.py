@@ -124,11 +124,11 @@ class Place:
         work()
         return self.now() - start
 
-    def matmul_peak(self) -> float:
+    def matmul_peak(self, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> float:
         """Operations a second of one large matrix product: the best of ten."""
         size = 2048 if self.device == "cpu" else 8192
         left, right = torch.randn(2, size, size, device=self.device, dtype=self.dtype)
-        return 2 * size**3 / min(self.seconds(lambda: left @ right) for _ in range(10))
+        return 2 * size**3 / min(self.seconds(lambda: multiply(left, right)) for _ in range(10))
 
     def bandwidth(self) -> float:
         """Bytes a second at which a matrix-vector product reads weights too large for any cache: the best of ten."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, layer_norm, linear
 
+from flamingo.products import product
+
 
 def add_feed_forward(stream: Tensor, ff: nn.Sequential, scale: Tensor) -> Tensor:
     """`stream` (…, D) + `scale` (1,) · `ff(stream)`, for a `feed_forward` of LayerNorm, linear, GELU, linear."""
@@ -68,10 +70,10 @@ class _AddLinear(torch.autograd.Function):
         with torch.autocast(outer[0].device.type, enabled=False):
             into = _rows(outer[0]).to(ctx.precision)
             kept = _rows(branch).to(ctx.precision)
-            through = into @ weight.to(ctx.precision)
+            through = product(into, weight.to(ctx.precision))
             gate = (through * kept).sum(dtype=scale.dtype).view_as(scale) if ctx.needs_input_grad[3] else None
             factor = scale.to(ctx.precision)
-            matrix = (into.T @ kept).mul_(factor).to(weight.dtype) if ctx.needs_input_grad[2] else None
+            matrix = product(into.T, kept).mul_(factor).to(weight.dtype) if ctx.needs_input_grad[2] else None
             return outer[0], through.mul_(factor).view_as(branch).to(branch.dtype), matrix, gate
 
 
@@ -94,15 +96,15 @@ class _AddFeedForward(torch.autograd.Function):
             normed, mean, deviation = torch.native_layer_norm(stream, stream.shape[-1:], norm, bias, ctx.eps)
             into, inner = _rows(outer[0]).to(precision), _rows(inner)
             active = gelu(inner)
-            through = into @ down.to(precision)
+            through = product(into, down.to(precision))
             gate = (through * active).sum(dtype=scale.dtype).view_as(scale) if needs[5] else None
             factor = scale.to(precision)
-            lower = (into.T @ active).mul_(factor).to(down.dtype) if needs[4] else None
+            lower = product(into.T, active).mul_(factor).to(down.dtype) if needs[4] else None
             del active
             through = torch.ops.aten.gelu_backward(through.mul_(factor), inner)
-            upper = (through.T @ _rows(normed).to(precision)).to(up.dtype) if needs[3] else None
+            upper = product(through.T, _rows(normed).to(precision)).to(up.dtype) if needs[3] else None
             del normed
-            through = (through @ up.to(precision)).view_as(stream).to(stream.dtype)
+            through = product(through, up.to(precision)).view_as(stream).to(stream.dtype)
             inwards, weight, offset = torch.ops.aten.native_layer_norm_backward(
                 through, stream, stream.shape[-1:], mean, deviation, norm, bias, [needs[0], needs[1], needs[2]]
             )

@@ -27,6 +27,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
+from flamingo.cache import with_room
 from flamingo.configuration import FlamingoConfig
 from flamingo.cross_attention import GatedCrossAttention
 from flamingo.errors import FlamingoError
@@ -34,6 +35,7 @@ from flamingo.loss import PutColumns, negative_log_likelihood
 from flamingo.media import MediaMemory, MediaSlots, visible_media
 from flamingo.packing import check_packing, pack
 from flamingo.processing import IGNORED
+from flamingo.products import fast_products
 from flamingo.resampler import PerceiverResampler
 
 TRAINED = "trained.safetensors"
@@ -406,8 +408,12 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not torch.compiler.is_compiling() and not continues:
             self._check_ids(input_ids)
             check_media(media_per_sample, media, counts)
+        trains = labels is not None and torch.is_grad_enabled()
+        # What checkpointing computes again it computes outside of this forward, and must then compute alike.
+        fast = trains and not torch.compiler.is_compiling() and not self.is_activation_checkpointing
         if media_memory is None:
-            media_memory = self._remember(pixel_values, media_latents, input_ids)
+            with fast_products(fast):
+                media_memory = self._remember(pixel_values, media_latents, input_ids)
         if media_first is None or media_last is None:
             if continues:
                 raise FlamingoError("media_first and media_last: expected with the cache of an earlier pass")
@@ -422,21 +428,22 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask, places = self._places(input_ids.shape[1], attention_mask, position_ids, documents)
         targets, supervised, positions = self._supervision(labels, documents)
         positions = logits_to_keep if positions is None else positions
-        in_place = supervised is not None and torch.is_grad_enabled()
+        in_place = trains and supervised is not None
 
         slots = MediaSlots.of(media_per_sample, len(media_memory), media_slots)
         visible = slots.visible(media_first, media_last, media_memory.keys[0].shape[1])
         sees = visible.any(dim=-1, keepdim=True)
         self._conditioning = _Conditioning(media_memory, slots, visible | ~sees, sees, positions, in_place)
         try:
-            output = self.language_model(
-                inputs_embeds=self.embed_tokens(input_ids),
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache if labels is None and documents is None else False,
-                **places,
-                **kwargs,
-            )
+            with fast_products(fast):
+                output = self.language_model(
+                    inputs_embeds=self.embed_tokens(input_ids),
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache if labels is None and documents is None else False,
+                    **places,
+                    **kwargs,
+                )
         finally:
             self._conditioning = None
         made: dict[str, Any]
@@ -567,12 +574,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if kwargs.get("media_per_sample") is None:
             kwargs["media_per_sample"] = counts
         check_media(kwargs["media_per_sample"], media, counts)
-        if memory is None:
-            kwargs["media_memory"] = self._remember(pixel_values, latents, input_ids)
         kwargs["media_slots"] = int(counts.max()) if len(counts) else 0
         asked = kwargs.pop("suppress_tokens", None) or getattr(settings, "suppress_tokens", None) or []
         suppressed = sorted({*asked, self.config.image_token_id})
-        return super().generate(inputs, generation_config, suppress_tokens=suppressed, **kwargs)
+        with fast_products():
+            if memory is None:
+                kwargs["media_memory"] = self._remember(pixel_values, latents, input_ids)
+            return super().generate(inputs, generation_config, suppress_tokens=suppressed, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Visibility from all ids so far, cut to the tokens of this pass."""
@@ -590,6 +598,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.takes_positions:
             prepared.pop("position_ids", None)
         return prepared
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and "past_key_values" in model_kwargs:
+            model_kwargs["past_key_values"] = with_room(model_kwargs["past_key_values"])
 
     def create_masks_for_generate(self, config: Any, **kwargs: Any) -> Any:
         """For a static cache, as the LM makes them: BLOOM's alibi wants a mask of its own."""
