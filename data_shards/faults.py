@@ -6,6 +6,8 @@ reason, and notes where it is.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flamingo.errors import FlamingoError
@@ -66,3 +68,15 @@ class Fault:
         """The record of a sample's error."""
         found = SampleError.of(error, key, shard)
         return Fault(found.shard, found.key, found.reason, found.detail, source)
+
+
+def described(counts: Counter[str], examples: Iterable[Fault]) -> str:
+    """The ten most frequent reasons with their counts, each with up to three samples as examples, in one line."""
+    places: dict[str, dict[str, None]] = {}
+    for fault in examples:
+        named = places.setdefault(fault.reason, {})
+        if len(named) < 3:
+            named[f"{fault.key} of {fault.shard}"] = None
+    return "; ".join(
+        f"{reason}: {count} ({', '.join(places.get(reason, ['?']))})" for reason, count in counts.most_common(10)
+    )

@@ -2,22 +2,30 @@
 
 A step uses `batch` positions of the global order, cut into micro-batches of `micro_batch` samples; micro-batch m of a
 step is computed by rank m mod world. So the same micro-batches exist for any number of ranks, and workers only fetch.
+A sample that is not usable is replaced by its neighbour and named; only where no neighbour is usable it ends the run.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
+from data_shards.faults import Fault, SampleError, described
 from data_shards.order import MixtureOrder, ShuffledOrder
 from data_shards.sequences import Sequences
 from data_shards.shards import ShardSet
 from flamingo.errors import FlamingoError
+from flamingo.processing import Encoding
+
+REPLACED_WITHIN = 64
+"""positions of a source, from a multiple of it on, among which a sample that is not usable finds its replacement"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,24 @@ class Source:
     start: int = 0
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One sequence with the pixels (N, F, C, H, W) of its media, and its document's key."""
+
+    encoding: Encoding
+    pixels: Tensor
+    key: str
+
+
 class MicroBatches(Dataset[BatchFeature]):
-    """Micro-batch number → its tensors, with `sources` (B,) the number of each sample's source, and `keys`."""
+    """Micro-batch number → its tensors, with `sources` (B,), the number of each row's source, `keys` and `faults`.
+
+    A row is one sequence, or several of one source where `sequences` packs those of the micro-batch's positions.
+
+    A position whose sample cannot be read or made a sequence gets the next one of its source that can, among
+    `REPLACED_WITHIN` neighbours; so its content is a function of the position as all others are. Its own sample is a
+    `Fault` of the batch: each once, whatever else it was tried for.
+    """
 
     def __init__(self, sources: Sequence[Source], sequences: Sequences, *, micro_batch: int, seed: int):
         if not sources:
@@ -43,17 +67,57 @@ class MicroBatches(Dataset[BatchFeature]):
 
     def __getitem__(self, number: int) -> BatchFeature:
         positions = range(number * self.micro_batch, (number + 1) * self.micro_batch)
-        encodings, sources, keys = [], [], []
-        for position in positions:
-            source, within = self.mixture(position)
-            place = self.orders[source](within)
-            document = self.sources[source].shards.shards[place.shard].read(place.index)
-            encodings.append(self.sequences(document, np.random.default_rng([self.seed, position])))
-            sources.append(source)
-            keys.append(document.key)
-        batch = self.sequences.collate(encodings)
-        batch["sources"], batch["keys"] = torch.tensor(sources), keys
+        sources = [self.mixture(position)[0] for position in positions]
+        samples, faults = zip(*(self._used(position) for position in positions), strict=True)
+        encodings = [sample.encoding for sample in samples]
+        rows = self.sequences.pack(encodings, sources)
+        batch = self.sequences.collate(encodings, pixels=[sample.pixels for sample in samples], rows=rows)
+        batch["sources"] = torch.tensor([sources[row[0]] for row in rows])
+        batch["keys"] = [samples[place].key for row in rows for place in row]
+        batch["faults"] = [fault for fault in faults if fault is not None]
         return batch
+
+    def used(self, position: int) -> dict[str, int]:
+        """How many samples each source has given before a position."""
+        return dict(zip((source.name for source in self.sources), self.mixture.used(position), strict=True))
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often each source was gone through before a position."""
+        sizes = {source.name: len(source.shards) for source in self.sources}
+        return {name: used / sizes[name] for name, used in self.used(position).items()}
+
+    def _used(self, position: int) -> tuple[Sample, Fault | None]:
+        """What a position uses, and what was wrong with its own sample, if anything was."""
+        source, within = self.mixture(position)
+        own = self._make(source, within, position)
+        if isinstance(own, Sample):
+            return own, None
+        faults = [own]
+        begin = within // REPLACED_WITHIN * REPLACED_WITHIN
+        for other in (*range(within + 1, begin + REPLACED_WITHIN), *range(begin, within)):
+            made = self._make(source, other, position)
+            if isinstance(made, Sample):
+                return made, own
+            faults.append(made)
+        raise FlamingoError(
+            f"data: source {own.source} has no usable sample in {REPLACED_WITHIN} positions; "
+            + described(Counter(fault.reason for fault in faults), faults)
+        )
+
+    def _make(self, source: int, within: int, position: int) -> Sample | Fault:
+        """The sample that stands at the place `within` of its source, made for a position of the mixture."""
+        place = self.orders[source](within)
+        shard = self.sources[source].shards.shards[place.shard]
+        try:
+            document = shard.read(place.index)
+        except SampleError as error:
+            return Fault.of(error, source=self.sources[source].name)
+        try:
+            encoding = self.sequences(document, np.random.default_rng([self.seed, position]))
+            pixels = self.sequences.processor.pixels(encoding.media, encoding.views)
+        except FlamingoError as error:
+            return Fault.of(error, document.key, shard.place, self.sources[source].name)
+        return Sample(encoding, pixels, document.key)
 
 
 def rank_batches(
@@ -95,7 +159,7 @@ def _with_plain_errors(loader: DataLoader[BatchFeature]) -> Iterator[BatchFeatur
     try:
         yield from loader
     except FlamingoError as error:
-        raise FlamingoError(str(error).rpartition("FlamingoError: ")[2]) from None
+        raise FlamingoError(str(error).rpartition(f"{type(error).__name__}: ")[2]) from None
 
 
 def _one_thread(worker: int) -> None:
