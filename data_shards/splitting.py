@@ -207,9 +207,10 @@ class _Pieces:
         return [_Chunk(() if place else chunk.media, tuple(texts)) for place, texts in enumerate(windows)]
 
     def _cut_text(self, text: str, first: int, full: int, *, begins: bool) -> list[str]:
-        """A text in parts of at most `first` tokens, which may be "" unless it `begins` the window, then `full` each."""
+        """A text in parts of at most `first` tokens ("" if need be, unless it `begins` a window), then `full` each."""
         ends = list(self._ends(text, first if begins else full))
-        parts, start, place, budget = [], 0, 0, first
+        parts: list[str] = []
+        start, place, budget = 0, 0, first
         while place < len(ends):
             reach = self._within(text, start, ends, place, budget)
             if not reach and (parts or begins):

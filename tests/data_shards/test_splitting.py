@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,10 +34,10 @@ def plain(segments: tuple[Segment, ...]) -> list[object]:
     return joined  # type: ignore[return-value]
 
 
-def tokens(piece: Document, count: object) -> int:
+def tokens(piece: Document, count: Callable[[str], int]) -> int:
     """Tokens of a piece as the processor will make them: texts, marks, and the two ends."""
     closed = [isinstance(one, Text) and not isinstance(two, Text) for one, two in pairwise([*piece.segments, None])]
-    texts = sum(count(each.text) for each in piece.segments if isinstance(each, Text))  # type: ignore[operator]
+    texts = sum(count(each.text) for each in piece.segments if isinstance(each, Text))
     return texts + sum(closed) + len(piece.media) + ENDS
 
 
@@ -54,7 +55,7 @@ def test_nothing_is_lost_and_every_piece_fits(
     document: Document, max_tokens: int, max_media: int, count: object
 ) -> None:
     """Catches lost, repeated or reordered media and characters, and pieces that training would have to cut."""
-    pieces = split(document, max_tokens=max_tokens, max_media=max_media, count_tokens=count)  # type: ignore[arg-type]
+    pieces = split(document, max_tokens=max_tokens, max_media=max_media, count_tokens=count)
     assert plain(tuple(segment for piece in pieces for segment in piece.segments)) == plain(document.segments)
     for piece in pieces:
         assert len(piece.media) <= max_media
