@@ -86,14 +86,16 @@ class Report:
         return table
 
     def _summary(self) -> str:
-        parts = [_count(self.shards, "shard", self.faulty_shards), _count(self.samples, "sample", self.faulty_samples)]
+        parts = [
+            counted(self.shards, "shard", self.faulty_shards),
+            counted(self.samples, "sample", self.faulty_samples),
+        ]
         if self.images is not None:
-            parts.append(_count(self.images, "image", self.faulty_images))
+            parts.append(counted(self.images, "image", self.faulty_images))
             parts.append(f"{self.text_only:,} without images")
         if self.other_members:
             parts.append(f"{self.other_members:,} other members")
-        faults = self.counts.total()
-        return f"{', '.join(parts)}: {f'{faults:,} fault' + 's' * (faults != 1) if faults else 'no fault'}"
+        return f"{', '.join(parts)}: {'no fault' if self.ok else counted(self.counts.total(), 'fault')}"
 
 
 def printable(text: str) -> str:
@@ -106,5 +108,6 @@ def _place(fault: Fault) -> str:
     return f"{place} ({printable(fault.detail)})" if fault.detail else place
 
 
-def _count(number: int, noun: str, faulty: int) -> str:
+def counted(number: int, noun: str, faulty: int = 0) -> str:
+    """A number of things in words, with how many of them have faults."""
     return f"{number:,} {noun}{'s' * (number != 1)}" + (f" ({faulty:,} with faults)" if faulty else "")

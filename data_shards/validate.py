@@ -107,6 +107,15 @@ def validate(
     return report
 
 
+def form_of(folder: Path, paths: Sequence[Path]) -> SamplesForm:
+    """The form of a folder's samples: as its index says, or told from the first samples.
+
+    Raises:
+        FlamingoError: where it cannot be told.
+    """
+    return _read_index(folder).form or detect(paths)
+
+
 def _count(report: Report, checked: _Checked) -> None:
     report.shards += 1
     report.faulty_shards += bool(checked.faults)
