@@ -120,7 +120,10 @@ class ImageStore:
         if size < 0:
             raise SampleError(_FAULTS[-1 - size], f"{name} in {self.tars[container]}")
         if container != _LOOSE:
-            return read_range(self.tars[container], offset, size)
+            try:
+                return read_range(self.tars[container], offset, size)
+            except SampleError as error:
+                raise SampleError(error.reason, f"{name}: {error.detail}") from error
         path = Path(self.root, os.fsdecode(self.paths[offset : offset + size]))
         try:
             return path.read_bytes()

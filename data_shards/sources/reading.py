@@ -55,7 +55,7 @@ def find_files(source: str, *groups: tuple[str, ...]) -> list[str]:
         FlamingoError: where there are none.
     """
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():
         below = (file for file in path.rglob("*") if file.is_file())
         files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
     else:
