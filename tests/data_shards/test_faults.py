@@ -30,7 +30,7 @@ from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
 from data_shards.shards import open_shards, write_shards
 from flamingo import FlamingoProcessor
-from tests.data_shards.planted import Member, good, mmc4, write_tar, written
+from tests.data_shards.planted import Member, good, huge_png, mmc4, symlink, write_tar, written
 from tests.tiny import document, tiny_flamingo
 
 
