@@ -1,20 +1,29 @@
-"""Documents → training sequences: a window of the document, its tokens, and the labels that count.
+"""Documents → training sequences: a window of the document, its tokens, the labels that count, how its media are seen.
 
-The rules are those of Flamingo (appendix A.3) and OpenFlamingo: at most `max_tokens` tokens and `max_media` media, cut
-from the document at a random place. All randomness comes from the generator that the caller seeds by position.
+The rules are those of Flamingo (appendix A) or of OpenFlamingo: at most `max_tokens` tokens and `max_media` media, cut
+from the document at a random place. All randomness comes from the generator that the caller seeds by position, and
+nothing is drawn that is not wanted: the same seed gives the same windows whatever else is switched on behind them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
+from torch import Tensor
 from transformers import BatchFeature
 
-from flamingo.document import Document, Text
+from data_shards.faults import NOTHING_SUPERVISED, SampleError
+from flamingo.document import Document, Segment, Text
 from flamingo.errors import FlamingoError
-from flamingo.processing import IGNORED, Encoding, FlamingoProcessor
+from flamingo.images import Crop, View
+from flamingo.processing import IGNORED, RULES, Encoding, FlamingoProcessor
+
+ASPECTS = (3 / 4, 4 / 3)
+"""Between which a crop's width ÷ height is drawn (torchvision's random resized crop)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,14 @@ class Sequences:
         next_media: probability that the texts of a sequence belong to the medium that comes next, not to the one
             before (Flamingo: ½ on web pages, where texts stand before their pictures as well as after them).
         media_attention: the model's, for the sequences that do not.
+        rules: where `<|endofchunk|>` stands and what counts, see `flamingo.processing.render`.
+        leading_space: probability that a space is put before the texts of a sequence, where they have none and a
+            medium or nothing stands before them (Flamingo: ½).
+        flip: probability that left and right of a medium are exchanged.
+        crop: least share of its area that is seen of a medium; 1: no crop. The share is drawn from there to 1, width
+            ÷ height from `ASPECTS`, evenly in its logarithm, and the place evenly.
+        packing: several sequences share a row, for a model built with `packing=True`, see `pack`.
+        row_media: media of a packed row; None: any number.
     """
 
     processor: FlamingoProcessor
@@ -35,44 +52,173 @@ class Sequences:
     max_media: int = 5
     next_media: float = 0.0
     media_attention: str = "previous"
+    rules: Literal["flamingo", "open_flamingo"] = "flamingo"
+    leading_space: float = 0.0
+    flip: float = 0.0
+    crop: float = 1.0
+    packing: bool = False
+    row_media: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.next_media <= 1:
-            raise FlamingoError(f"next_media={self.next_media}: expected a probability")
+        for name in ("next_media", "leading_space", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise FlamingoError(f"{name}={getattr(self, name)}: expected a probability")
+        if not 0 < self.crop <= 1:
+            raise FlamingoError(f"crop={self.crop}: expected a share of the area, above 0")
+        if self.max_tokens < 2 or self.max_media < 1:
+            raise FlamingoError(
+                f"max_tokens={self.max_tokens}, max_media={self.max_media}: expected at least 2 and at least 1"
+            )
+        if self.row_media is not None and self.row_media < self.max_media:
+            raise FlamingoError(f"row_media={self.row_media}: expected at least max_media={self.max_media}")
+        if self.rules not in RULES:
+            raise FlamingoError(f"rules={self.rules!r}: expected {' or '.join(RULES)}")
+        if self.leading_space and self.rules == "open_flamingo":
+            raise FlamingoError("leading_space: expected 0 by the rules of open_flamingo, which remove such spaces")
 
     def __call__(self, document: Document, generator: np.random.Generator) -> Encoding:
-        """The sequence of one document.
+        """The sequence of one document; at least one of its tokens counts in the loss.
 
         Raises:
-            FlamingoError: where no token of it would count in the loss; it names the document.
+            SampleError: where no token of the document does; it names the document.
+            FlamingoError: where text holds `<image>` itself.
         """
-        windowed, reaches_end = self._window(document, generator)
-        encoding = self._cut(self.processor.encode(windowed, eos=reaches_end))
-        if all(label == IGNORED for label in encoding.labels):
-            raise FlamingoError(f"document {document.key or '?'}: no token of its sequence counts in the loss")
-        # Not drawn where it is never wanted, so that the windows above stay those of the same seed.
-        return replace(encoding, next_media=bool(self.next_media and generator.random() < self.next_media))
+        if self.leading_space and generator.random() < self.leading_space:
+            document = _spaced(document)
+        for window, reaches_end in self._windows(document, generator):
+            encoding = self._cut(self.processor.encode(window, eos=reaches_end, rules=self.rules), generator)
+            if encoding is not None:
+                break
+        else:
+            raise SampleError(
+                NOTHING_SUPERVISED, f"document {document.key or '?'}: no token of its sequence counts in the loss"
+            )
+        next_media = bool(self.next_media and generator.random() < self.next_media)
+        return replace(encoding, next_media=next_media, views=self._views(len(encoding.media), generator))
 
-    def collate(self, encodings: Sequence[Encoding]) -> BatchFeature:
-        """A batch of sequences, as `FlamingoProcessor.collate` makes it."""
-        return self.processor.collate(encodings, media_attention=self.media_attention)
+    def pack(self, encodings: Sequence[Encoding], sources: Sequence[int]) -> list[list[int]]:
+        """Which sequences share a row: the numbers of each row's, rows and numbers in ascending order.
 
-    def _window(self, document: Document, generator: np.random.Generator) -> tuple[Document, bool]:
+        First fit, by falling length: rows of at most `max_tokens` tokens and `row_media` media, each of one source,
+        so that losses stay told apart. Without `packing` every sequence has a row of its own.
+
+        Args:
+            sources: number of each sequence's source.
+        """
+        if not self.packing:
+            return [[number] for number in range(len(encodings))]
+        most_media = math.inf if self.row_media is None else self.row_media
+        rows: list[list[int]] = []
+        filled: list[tuple[int, int, int]] = []  # source, tokens and media of each row
+        for number in sorted(range(len(encodings)), key=lambda number: -len(encodings[number].input_ids)):
+            tokens, media = len(encodings[number].input_ids), len(encodings[number].media)
+            for row, (source, used, shown) in enumerate(filled):
+                fits = used + tokens <= self.max_tokens and shown + media <= most_media
+                if fits and source == sources[number]:
+                    rows[row].append(number)
+                    filled[row] = (source, used + tokens, shown + media)
+                    break
+            else:
+                rows.append([number])
+                filled.append((sources[number], tokens, media))
+        return sorted(sorted(row) for row in rows)
+
+    def collate(
+        self,
+        encodings: Sequence[Encoding],
+        *,
+        pixels: Sequence[Tensor] | None = None,
+        rows: Sequence[Sequence[int]] | None = None,
+    ) -> BatchFeature:
+        """A batch of sequences, as `FlamingoProcessor.collate` makes it, or `collate_packed` with `packing`.
+
+        Args:
+            pixels: of each sequence's media, where they are decoded already.
+            rows: with `packing`, what `pack` gave; None: one sequence a row.
+        """
+        if not self.packing:
+            return self.processor.collate(encodings, media_attention=self.media_attention, pixels=pixels)
+        rows = [[number] for number in range(len(encodings))] if rows is None else rows
+        return self.processor.collate_packed(
+            [[encodings[number] for number in row] for row in rows],
+            media_attention=self.media_attention,
+            pixels=None if pixels is None else [pixels[number] for row in rows for number in row],
+        )
+
+    def _windows(self, document: Document, generator: np.random.Generator) -> Iterator[tuple[Document, bool]]:
         """At most `max_media` media in a row, each with the text up to the next; which ones is drawn.
 
-        With it comes whether the window reaches the end of the document.
+        With each window comes whether it reaches the end of the document. The first one is used, unless none of its
+        tokens counts; then the next, also drawn.
         """
         at = [i for i, segment in enumerate(document.segments) if not isinstance(segment, Text)]
         surplus = len(at) - self.max_media
         if surplus <= 0:
-            return document, True
-        first = int(generator.integers(surplus + 1))
-        begin = 0 if first == 0 else at[first]
-        end = at[first + self.max_media] if first < surplus else len(document.segments)
-        return replace(document, segments=document.segments[begin:end]), first == surplus
+            yield document, True
+            return
 
-    def _cut(self, encoding: Encoding) -> Encoding:
-        """The first `max_tokens` tokens, and the media whose `<image>` is among them."""
-        ids = encoding.input_ids[: self.max_tokens]
-        media = encoding.media[: ids.count(self.processor.image_token_id)]
-        return replace(encoding, input_ids=ids, labels=encoding.labels[: self.max_tokens], media=media)
+        def window(first: int) -> tuple[Document, bool]:
+            begin = 0 if first == 0 else at[first]
+            end = at[first + self.max_media] if first < surplus else len(document.segments)
+            return replace(document, segments=document.segments[begin:end]), first == surplus
+
+        drawn = int(generator.integers(surplus + 1))
+        yield window(drawn)
+        for other in generator.permutation(surplus + 1):
+            if other != drawn:
+                yield window(int(other))
+
+    def _cut(self, encoding: Encoding, generator: np.random.Generator) -> Encoding | None:
+        """At most `max_tokens` tokens in a row, and the media whose `<image>` is among them; None where none counts.
+
+        Of a longer encoding every window in which a token counts is drawn equally often (Flamingo, appendix on M3W: a
+        random subsequence of so many tokens). A beginning-of-sequence token stays before it. By the rules of
+        OpenFlamingo text that now stands before the first medium does not count any more. `text` stays the whole one.
+        """
+        ids, labels, tokenizer = encoding.input_ids, encoding.labels, self.processor.tokenizer
+        # The end alone is nothing to learn from.
+        supervised = (np.array(labels) != IGNORED) & (np.array(ids) != tokenizer.eos_token_id)
+        if len(ids) <= self.max_tokens:  # the first token has none before it that could predict it
+            return encoding if supervised[1:].any() else None
+        head = int(tokenizer.bos_token_id is not None)
+        size = self.max_tokens - head
+        starts = np.arange(head, len(ids) - size + 1)
+        marks = np.flatnonzero(np.array(ids) == self.processor.image_token_id)
+        counts = starts + 1 - head  # from where on tokens count, for each start
+        if self.rules == "open_flamingo" and len(marks):
+            counts = np.append(marks, len(ids))[np.searchsorted(marks, starts)]
+        before = np.append(0, np.cumsum(supervised))  # supervised tokens before each place
+        usable = np.flatnonzero(before[starts + size] > before[counts.clip(max=starts + size)])
+        if not len(usable):
+            return None
+        drawn = usable[generator.integers(len(usable))]
+        start, end, counted = int(starts[drawn]), int(starts[drawn]) + size, int(counts[drawn])
+        first, last = np.searchsorted(marks, (start, end))
+        return replace(
+            encoding,
+            input_ids=ids[:head] + ids[start:end],
+            labels=labels[:head] + [IGNORED] * (counted - start) + labels[counted:end],
+            media=encoding.media[first:last],
+        )
+
+    def _views(self, media: int, generator: np.random.Generator) -> tuple[View, ...] | None:
+        if not media or (self.flip == 0 and self.crop == 1):
+            return None
+        return tuple(self._view(*generator.random(5)) for _ in range(media))
+
+    def _view(self, flip: float, area: float, aspect: float, top: float, left: float) -> View:
+        """From five numbers in [0, 1)."""
+        least, most = map(math.log, ASPECTS)
+        crop = Crop(self.crop + (1 - self.crop) * area, math.exp(least + (most - least) * aspect), top, left)
+        return View(flip < self.flip, crop if self.crop < 1 else None)
+
+
+def _spaced(document: Document) -> Document:
+    """With a space before each text that begins a chunk, where there is none."""
+    segments: list[Segment] = []
+    for segment in document.segments:
+        begins = not segments or not isinstance(segments[-1], Text)
+        if isinstance(segment, Text) and begins and segment.text and not segment.text[0].isspace():
+            segment = replace(segment, text=" " + segment.text)
+        segments.append(segment)
+    return replace(document, segments=tuple(segments))

@@ -40,6 +40,8 @@ CHAT_TEMPLATE = (
 """A chat as one interleaved document, in Otter's form: `<image>User:{question} GPT:{answer}<|endofchunk|>`."""
 IGNORED = -100
 """Label of a position that does not count in the loss (PyTorch's `ignore_index`)."""
+RULES = ("flamingo", "open_flamingo")
+"""How the media and texts of a document become one text, see `render`."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,33 @@ class Encoding:
     views: tuple[View, ...] | None = None
 
 
-def render(document: Document) -> tuple[str, list[tuple[int, int, bool]]]:
+def render(document: Document, rules: str = "flamingo") -> tuple[str, list[tuple[int, int, bool]]]:
     """A document as text with marks, and the spans (start, end, supervised) of which it consists.
 
-    Every medium becomes `<image>`. A chunk of text is closed by `<|endofchunk|>` where a medium follows, and at the end
-    of a complete document; a text that already ends with the mark gets no second one. The mark counts in the loss where
-    the text before it does.
+    Every medium becomes `<image>`. The mark `<|endofchunk|>` counts in the loss where the text before it does; a text
+    that already ends with it gets no second one.
+
+    Args:
+        rules: "flamingo": a chunk of text is closed by `<|endofchunk|>` where a medium follows, and at the end of a
+            complete document (Flamingo, appendix A.2). "open_flamingo" (its `train/data.py` and `train_utils.py`):
+            the mark stands before every medium but the first, and at the end of a complete document; spaces next to
+            marks are removed; text before the first medium does not count, unless there is no medium at all.
+
+    Raises:
+        FlamingoError: where there are no such rules.
     """
+    if rules not in RULES:
+        raise FlamingoError(f"rules={rules!r}: expected {' or '.join(RULES)}")
+    parts = _parts(document) if rules == "flamingo" else _open_flamingo_parts(document)
+    spans, start = [], 0
+    for text, counts in parts:
+        spans.append((start, start + len(text), counts))
+        start += len(text)
+    return "".join(text for text, _ in parts), spans
+
+
+def _parts(document: Document) -> list[tuple[str, bool]]:
+    """Texts and marks, and whether they count, by Flamingo's rules."""
     parts: list[tuple[str, bool]] = []
     chunk_open = False
     supervised = False
@@ -80,11 +102,41 @@ def render(document: Document) -> tuple[str, list[tuple[int, int, bool]]]:
         chunk_open = False
     if document.complete and chunk_open:
         parts.append((END_OF_CHUNK, supervised))
-    spans, start = [], 0
-    for text, counts in parts:
-        spans.append((start, start + len(text), counts))
-        start += len(text)
-    return "".join(text for text, _ in parts), spans
+    return parts
+
+
+def _open_flamingo_parts(document: Document) -> list[tuple[str, bool]]:
+    """Texts and marks, and whether they count, by OpenFlamingo's rules."""
+    parts: list[tuple[str, bool]] = []
+    leads = bool(document.media)  # what is read so far stands before the first medium
+    supervised = True
+
+    def strip() -> None:
+        while parts and parts[-1][0].endswith(" "):
+            text, counts = parts.pop()
+            if text := text.rstrip(" "):
+                parts.append((text, counts))
+
+    def close() -> None:
+        strip()
+        if parts and not parts[-1][0].endswith(END_OF_CHUNK):
+            parts.append((END_OF_CHUNK, supervised))
+
+    for segment in document.segments:
+        if isinstance(segment, Text):
+            text = segment.text.lstrip(" ") if parts and parts[-1][0] == IMAGE_TOKEN else segment.text
+            if text:
+                supervised = segment.supervised and not leads
+                parts.append((text, supervised))
+            continue
+        strip()
+        if not leads:
+            close()
+        parts.append((IMAGE_TOKEN, False))
+        leads, supervised = False, True
+    if document.complete:
+        close()
+    return parts
 
 
 class FlamingoProcessor(ProcessorMixin):
@@ -115,17 +167,20 @@ class FlamingoProcessor(ProcessorMixin):
         saved.pop("image_token_id", None)
         return saved
 
-    def encode(self, document: Document, *, bos: bool = True, eos: bool = False) -> Encoding:
+    def encode(self, document: Document, *, bos: bool = True, eos: bool = False, rules: str = "flamingo") -> Encoding:
         """Tokens, labels and media of one document.
 
         Args:
             bos: put the tokenizer's beginning-of-sequence token first, where it has one.
-            eos: put its end-of-sequence token last, supervised where other tokens are (training).
+            eos: put its end-of-sequence token last (training). It counts where other tokens do; by the rules of
+                OpenFlamingo, where nothing between `<|endofchunk|>` and the next `<image>` counts, only in documents
+                without media.
+            rules: see `render`.
 
         Raises:
             FlamingoError: where text holds `<image>` itself, so that marks and media differ in number.
         """
-        text, spans = render(document)
+        text, spans = render(document, rules)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids: list[int] = encoded.input_ids
         labels = []
@@ -135,7 +190,10 @@ class FlamingoProcessor(ProcessorMixin):
             while span < len(spans) - 1 and end > spans[span][1]:
                 span += 1
             labels.append(token if spans[span][2] and end > start else IGNORED)
-        return self._finish(input_ids, labels, document.media, text, document.key, bos=bos, eos=eos)
+        end_counts = rules == "flamingo" or not document.media
+        return self._finish(
+            input_ids, labels, document.media, text, document.key, bos=bos, eos=eos, end_counts=end_counts
+        )
 
     def _finish(
         self,
@@ -147,6 +205,7 @@ class FlamingoProcessor(ProcessorMixin):
         *,
         bos: bool,
         eos: bool,
+        end_counts: bool = True,
     ) -> Encoding:
         marks = input_ids.count(self.image_token_id)
         if marks != len(media):
@@ -157,7 +216,8 @@ class FlamingoProcessor(ProcessorMixin):
             input_ids, labels = [self.tokenizer.bos_token_id, *input_ids], [IGNORED, *labels]
         if eos and self.tokenizer.eos_token_id is not None:
             end = self.tokenizer.eos_token_id
-            supervised = any(label != IGNORED for label in labels)  # the end alone is nothing to learn from
+            # the end alone is nothing to learn from
+            supervised = end_counts and any(label != IGNORED for label in labels)
             input_ids, labels = [*input_ids, end], [*labels, end if supervised else IGNORED]
         return Encoding(input_ids, labels, media, text)
 
