@@ -18,7 +18,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,20 +33,22 @@ from einops import rearrange
 from PIL import Image as PilImage
 
 from data_shards.account import Account
+from data_shards.faults import NO_IMAGE
 from data_shards.shards import INDEX, ShardWriter, write_index
 from data_shards.sources import Reader, Record
+from data_shards.sources.reading import NO_IMAGES
 from data_shards.splitting import check_limits, split, token_counter
-from flamingo.document import Document, Image, Medium, Segment, Text, Video
+from data_shards.validate import IMAGE_MARK, images
+from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import write_text
 from flamingo.images import decode
+from flamingo.processing import IMAGE_TOKEN
 
 PLAN, ACCOUNT, JOURNAL = "conversion.json", "account.json", ".conversion"
 FORMAT = 1
-NO_TEXT = "no text in its piece"
-"""A piece of images alone teaches nothing: no token of it would count in the loss."""
-NOTHING_LEFT = "nothing left of it"
-"""A document all of whose images, or pieces, were dropped."""
+NO_TEXT = "no text beside it"
+"""Images alone, as a whole document or as a piece of one, teach nothing: no token would count in the loss."""
 UNREADABLE = "unreadable file"
 UNIT_BYTES = 1 << 20
 """Smaller files are taken together, larger ones in stripes where there are few. Images outside come to much more."""
@@ -366,13 +368,11 @@ class _Worker:
         documents = self.job.reader.documents(record, account)
         if not account.adds_up or account.documents_read != 1:
             raise AssertionError(f"internal error: {record.place}: the reader's account does not add up: {account}")
-        read = len(documents)
         if self.job.options.max_edge is not None or self.job.options.check_images:
             documents = _with_good_images(documents, self.job.options, record.place, account)
+        documents = _keep(documents, _is_unmarked, IMAGE_MARK, record.place, account)
         pieces = [piece for document in documents for piece in self._split(document)]
-        pieces = _with_text(pieces, record.place, account)
-        if read and not pieces:
-            _drop_kept(record.place, account)
+        pieces = _keep(pieces, _has_text, NO_TEXT, record.place, account)
         account.samples += len(pieces)
         key = f"{part:05d}-{number:07d}"
         several = len(pieces) > 1
@@ -392,37 +392,57 @@ class _Worker:
 # -- what is not written -----------------------------------------------------------------------------------------------
 
 
-def _frames(media: Iterable[Medium]) -> Iterator[Image]:
-    for medium in media:
-        yield from medium.frames if isinstance(medium, Video) else (medium,)
-
-
-def _with_text(pieces: list[Document], place: str, account: Account) -> list[Document]:
-    """The pieces that have some text; images of the others are dropped, where no other piece has them."""
-    kept = [piece for piece in pieces if any(isinstance(each, Text) and each.text.strip() for each in piece.segments)]
-    if len(kept) < len(pieces):
-        remaining = {id(image) for piece in kept for image in _frames(piece.media)}
-        lost = {id(image) for piece in pieces for image in _frames(piece.media)} - remaining
-        _drop_kept_images(place, NO_TEXT, len(lost), account)
+def _keep(
+    documents: list[Document], wanted: Callable[[Document], bool], reason: str, place: str, account: Account
+) -> list[Document]:
+    """The documents that are wanted; the images of the others, and a record of which nothing is left, are dropped."""
+    kept = [document for document in documents if wanted(document)]
+    lost = {id(image) for document in documents for image in images(document)}
+    lost -= {id(image) for document in kept for image in images(document)}
+    _drop_kept_images(place, reason, len(lost), account)
+    if documents and not kept:
+        account.documents_kept -= 1
+        account.documents_read -= 1
+        account.drop(place, reason)
     return kept
 
 
+def _drop_kept_images(place: str, reason: str, number: int, account: Account) -> None:
+    """Images that the reader kept are dropped after all."""
+    for _ in range(number):
+        account.images_kept -= 1
+        account.images_read -= 1
+        account.drop_image(place, reason)
+
+
+def _is_unmarked(document: Document) -> bool:
+    return not any(isinstance(each, Text) and IMAGE_TOKEN in each.text for each in document.segments)
+
+
+def _has_text(document: Document) -> bool:
+    return any(isinstance(each, Text) and bool(each.text.strip()) for each in document.segments)
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
 def _with_good_images(documents: list[Document], options: Options, place: str, account: Account) -> list[Document]:
-    """Documents with images of bounded size, without those that cannot be decoded; one that loses all is left out."""
+    """Documents with images of bounded size, without those that cannot be decoded; one that loses all is dropped."""
     good: dict[int, Image | None] = {}  # several documents of a record may share an image
-    for image in _frames(medium for document in documents for medium in document.media):
+    for image in (image for document in documents for image in images(document)):
         if id(image) in good:
             continue
         try:
             good[id(image)] = bounded_image(image, options.max_edge, options.quality)
         except FlamingoError as error:
             good[id(image)] = None
-            _drop_kept_images(f"{place}: {error}", getattr(error, "reason", "broken image"), 1, account)
-    kept = [_replace_images(document, good) for document in documents]
-    return [now for was, now in zip(documents, kept, strict=True) if now.media or not was.media]
+            _drop_kept_images(f"{place}: {error}", getattr(error, "reason", NO_IMAGE), 1, account)
+    replaced = [_replace_images(document, good) for document in documents]
+    emptied = {id(now) for was, now in zip(documents, replaced, strict=True) if was.media and not now.media}
+    return _keep(replaced, lambda document: id(document) not in emptied, NO_IMAGES, place, account)
 
 
-def _replace_images(document: Document, images: Mapping[int, Image | None]) -> Document:
+def _replace_images(document: Document, found: Mapping[int, Image | None]) -> Document:
     """The document with other images under their names; None takes one away, and a video with it."""
     segments: list[Segment] = []
     gap = False
@@ -434,7 +454,7 @@ def _replace_images(document: Document, images: Mapping[int, Image | None]) -> D
             segments.append(segment)
             gap = False
             continue
-        frames = [images[id(frame)] for frame in _frames([segment])]
+        frames = [found[id(frame)] for frame in (segment.frames if isinstance(segment, Video) else [segment])]
         whole = [frame for frame in frames if frame is not None]
         gap = gap or len(whole) < len(frames)
         if len(whole) == len(frames):
@@ -458,23 +478,6 @@ def bounded_image(image: Image, max_edge: int | None, quality: int = 90) -> Imag
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=quality)
     return Image(buffer.getvalue(), f"{image.name}.jpg")
-
-
-def _drop_kept_images(place: str, reason: str, number: int, account: Account) -> None:
-    """Images that the reader kept are dropped after all."""
-    for _ in range(number):
-        account.images_kept -= 1
-        account.images_read -= 1
-        account.drop_image(place, reason)
-
-
-def _drop_kept(place: str, account: Account) -> None:
-    """The document that the reader kept is dropped after all; its images were before."""
-    account.documents_kept -= 1
-    account.documents_read -= 1
-    account.drop(place, NOTHING_LEFT, account.images_kept)
-    account.images_read -= account.images_kept
-    account.images_kept = 0
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

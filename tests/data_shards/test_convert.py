@@ -19,9 +19,11 @@ import pytest
 from PIL import Image as PilImage
 
 from data_shards.account import Account
-from data_shards.convert import NO_TEXT, NOTHING_LEFT, UNREADABLE, Options, bounded_image, convert
+from data_shards.convert import NO_TEXT, UNREADABLE, Options, bounded_image, convert
 from data_shards.shards import open_shards
 from data_shards.sources import Record
+from data_shards.sources.reading import NO_IMAGES
+from data_shards.validate import IMAGE_MARK
 from flamingo import Document, FlamingoError, Image, Text
 
 SPAWN = multiprocessing.get_context("forkserver")
@@ -297,17 +299,19 @@ def test_broken_images_are_dropped_with_a_reason(tmp_path: Path) -> None:
             (Document((broken, Text("a caption"))), Document((broken, Text("another caption")))),
             (Document((Text("text alone"),)),),
             (Document((good,)),),
+            (Document((good, Text("an <image> mark"))), Document((good, Text("none")))),
+            (Document((Text("a mark <image>"),)),),
         )
     )
     account = convert(reader, tmp_path, Options(check_images=True))
-    assert account.adds_up and account.samples == account.documents_kept == 2
-    assert account.documents_dropped == {NOTHING_LEFT: 2}
-    assert account.images_read == 4 and account.images_kept == 1
+    assert account.adds_up and account.samples == account.documents_kept == 3
+    assert account.documents_dropped == {NO_IMAGES: 1, NO_TEXT: 1, IMAGE_MARK: 1}
+    assert account.images_read == 5 and account.images_kept == 2
     assert account.images_dropped == {"no image file": 2, NO_TEXT: 1}
     assert account.examples["no image file"][0].startswith("record 0: page.jpg: ")
     shards = open_shards(tmp_path)
     assert [each for each in shards[0].segments if isinstance(each, Text)] == [Text("one"), Text(" two"), Text("three")]
-    assert [shards[n].key for n in range(2)] == ["00000-0000000", "00000-0000002"]
+    assert [shards[n].key for n in range(3)] == ["00000-0000000", "00000-0000002", "00000-0000004"]
     bounded = convert(reader, tmp_path / "bounded", Options(max_edge=20))
     assert bounded == account
     assert max(PilImage.open(io.BytesIO(open_shards(tmp_path / "bounded")[0].media[0].data)).size) == 20  # type: ignore[union-attr]
