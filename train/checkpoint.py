@@ -1,8 +1,8 @@
 """Training states: written whole or not at all, resumed from the newest.
 
 A checkpoint is a folder `checkpoints/step-000500` of torch.distributed.checkpoint with what trains, the optimizer and
-the schedule, and `run.json` with the step and the identity of what the run reads. It is written under another name and
-renamed when it is complete. The data need no state of their own: their position is the step.
+the schedule, and `run.json` with the step, the faults so far and the identity of what the run reads. It is written
+under another name and renamed when it is complete. The data need no state of their own: their position is the step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flamingo import FlamingoForConditionalGeneration
 from flamingo.errors import FlamingoError
+from train.faults import Faults
 from train.parallel import Processes
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -36,6 +37,7 @@ class TrainingState:
     model: FlamingoForConditionalGeneration
     optimizer: AdamW
     schedule: LambdaLR
+    faults: Faults
     step: int = 0
     run_id: str | None = None
     """the tracker's, so that a resumed run goes on in the same curves"""
@@ -63,7 +65,7 @@ class Checkpoints:
 
     Args:
         folder: of the run; they are in its `checkpoints`.
-        identity: what must be equal for a resumed run to be the same run: data, seed, batch, model.
+        identity: what must be equal for a resumed run to be the same run: data, tokenizer, seed, batch, model.
         keep: how many of the newest stay.
     """
 
@@ -99,7 +101,12 @@ class Checkpoints:
         with self._quiet():
             dcp.save(state.tensors(), checkpoint_id=unfinished, no_dist=self.processes.world == 1)
         if self.processes.is_main:
-            record = {"step": state.step, "run_id": state.run_id, "identity": self.identity}
+            record = {
+                "step": state.step,
+                "run_id": state.run_id,
+                "faults": state.faults.state(),
+                "identity": self.identity,
+            }
             (unfinished / "run.json").write_text(json.dumps(record, indent=1) + "\n")
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
@@ -115,6 +122,7 @@ class Checkpoints:
         """
         path = self.newest()
         if path is None:
+            state.faults.resume(0, {})
             return False
         try:
             record = json.loads((path / "run.json").read_text())
@@ -135,4 +143,5 @@ class Checkpoints:
             dcp.load(tensors, checkpoint_id=path, no_dist=self.processes.world == 1)
         state.load(tensors)
         state.step, state.run_id = step, record.get("run_id")
+        state.faults.resume(step, record.get("faults", {}))
         return True

@@ -1,6 +1,6 @@
 """The training loop, on one screen, and its named steps.
 
-Legend: B samples of a micro-batch, S sources.
+Legend: B rows of a micro-batch, S sources.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
+from data_shards.loader import MicroBatches
 from flamingo.processing import IGNORED
 from train.checkpoint import Checkpoints, TrainingState
 from train.parallel import Processes, without_synchronisation
@@ -25,27 +26,31 @@ def run(
     recipe: Recipe,
     state: TrainingState,
     model: nn.Module,
+    data: MicroBatches,
     batches: Iterator[BatchFeature],
     checkpoints: Checkpoints,
     tracker: Tracker,
     progress: Progress,
     processes: Processes,
 ) -> None:
-    """Train from `state.step` to the last step. `model` is `state.model`, replicated."""
+    """Train from `state.step` to the last step. `model` is `state.model`, replicated; `batches` are this rank's."""
     accumulation = recipe.batch // (recipe.micro_batch * processes.world)
     weights = torch.tensor([source.loss_weight for source in recipe.data.sources.values()])
     meter = Meter(processes, tuple(recipe.data.sources))
     model.train()
     for step in range(state.step + 1, recipe.steps + 1):
-        micro_batches = fetch(batches, accumulation, meter)
+        micro_batches = fetch(batches, accumulation, meter, state)
         accumulate_gradients(model, micro_batches, weights, processes, meter)
         rates = {group["name"]: float(group["lr"]) for group in state.optimizer.param_groups}
         norm = update_parameters(state, recipe.optimizer.clip)
-        state.step = step
+        state.step, samples = step, step * recipe.batch
         progress.update(step, meter.loss, rates["plain"], meter.rates())
-        if due(step, recipe.tracking.log_every, recipe.steps):
-            tracker.log(step, meter.report(state, norm, rates, step * recipe.batch))
-        if due(step, recipe.save_every, recipe.steps):
+        logs, saves = (due(step, every, recipe.steps) for every in (recipe.tracking.log_every, recipe.save_every))
+        if logs or saves:
+            state.faults.settle(data.used(samples))
+        if logs:
+            tracker.log(step, meter.report(state, norm, rates, samples, data.epochs(samples)))
+        if saves:
             checkpoints.save(state)
 
 
@@ -54,11 +59,13 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def fetch(batches: Iterator[BatchFeature], accumulation: int, meter: Meter) -> list[BatchFeature]:
-    """The micro-batches of one step: all of them, because the loss of each needs the token counts of all."""
+def fetch(batches: Iterator[BatchFeature], accumulation: int, meter: Meter, state: TrainingState) -> list[BatchFeature]:
+    """The micro-batches of the next step: all of them, because the loss of each needs the token counts of all."""
     start = time.perf_counter()
     micro_batches = [next(batches) for _ in range(accumulation)]
     meter.waited(time.perf_counter() - start)
+    for batch in micro_batches:
+        state.faults.note(state.step + 1, batch.pop("faults"))
     return micro_batches
 
 
@@ -72,8 +79,7 @@ def accumulate_gradients(
     """
     tokens = torch.zeros(len(weights), device=processes.device)
     for batch in micro_batches:
-        supervised = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).to(tokens)
-        tokens.index_add_(0, batch["sources"].to(tokens.device), supervised)
+        tokens.index_add_(0, batch["sources"].to(tokens.device), supervised_tokens(batch).to(tokens))
     processes.sum(tokens)
     per_token = weights.to(tokens) * processes.world / tokens.clamp(min=1)
     losses = torch.zeros_like(tokens)
@@ -87,6 +93,14 @@ def accumulate_gradients(
         losses.index_add_(0, sources, sample_losses.detach())
         meter.saw(inputs)
     meter.count(losses, tokens, weights)
+
+
+def supervised_tokens(batch: BatchFeature) -> Tensor:
+    """(B,) tokens of each row that the model is asked to foretell: not the first one of a row or a packed document."""
+    foretold = batch["labels"][:, 1:] != IGNORED
+    if "documents" in batch:
+        foretold &= batch["documents"][:, 1:] == batch["documents"][:, :-1]
+    return foretold.sum(dim=1)
 
 
 def update_parameters(state: TrainingState, clip: float) -> Tensor:
@@ -128,7 +142,7 @@ class Meter:
 
     def saw(self, inputs: BatchFeature) -> None:
         """Add a micro-batch's tokens and images."""
-        self._seen["tokens"] += int(inputs["attention_mask"].sum())
+        self._seen["tokens"] += int((inputs["documents" if "documents" in inputs else "attention_mask"] > 0).sum())
         self._seen["images"] += inputs["pixel_values"].shape[0] * inputs["pixel_values"].shape[1]
 
     def count(self, losses: Tensor, tokens: Tensor, weights: Tensor) -> None:
@@ -148,7 +162,12 @@ class Meter:
         }
 
     def report(
-        self, state: TrainingState, norm: Tensor, learning_rates: dict[str, float], samples: int
+        self,
+        state: TrainingState,
+        norm: Tensor,
+        learning_rates: dict[str, float],
+        samples: int,
+        epochs: dict[str, float],
     ) -> dict[str, float]:
         """One row of the log, over the steps since the last row; starts the next. All processes call this."""
         losses = self.processes.sum(self._losses.clone())
@@ -164,6 +183,8 @@ class Meter:
             **{f"learning_rate/{group}": rate for group, rate in learning_rates.items()},
             **{f"gate/{name}": float(value) for name, value in state.model.gates().items()},
             **self.rates(),
+            **{f"epoch/{name}": each for name, each in epochs.items()},
+            **state.faults.row(self.sources),
             "samples": float(samples),
         }
         self._clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from flamingo.errors import FlamingoError, command_line
 from flamingo.files import whole, write_text
 from train import loop
 from train.checkpoint import Checkpoints, TrainingState
+from train.faults import Faults
 from train.optim import build_optimizer, build_schedule
 from train.parallel import Processes, processes
 from train.progress import Progress
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
 from train.tracking import Tracker
+
+SEQUENCE_OPTIONS = ("max_tokens", "max_media", "next_media", "rules", "leading_space", "flip", "crop", "packing")
 
 
 def pretrain(recipe: Recipe, processes: Processes) -> Path:
@@ -34,19 +38,17 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     recipe.check(processes.world)
     if recipe.data.glyphs is not None:
         make_glyphs(recipe, processes)
-    sources = [
-        Source(name, open_shards(recipe.path(source.shards)), source.share, source.start_step * recipe.batch)
-        for name, source in recipe.data.sources.items()
-    ]
+    sources = open_sources(recipe)
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
     if recipe.data.glyphs is not None:
         check_language_model(model, processor)
     model.to(processes.device)
     optimizer = build_optimizer(model, recipe.optimizer)
-    state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, recipe.steps))
     out = Path(recipe.out)
-    checkpoints = Checkpoints(out, identity(recipe, sources), processes, recipe.keep_checkpoints)
+    faults = Faults(processes, out, recipe.data.max_fault_share)
+    state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, recipe.steps), faults)
+    checkpoints = Checkpoints(out, identity(recipe, sources, processor), processes, recipe.keep_checkpoints)
     resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
     if processes.is_main and resumed:
         print(f"resumed from step {state.step} of {recipe.steps} in {out}")
@@ -54,13 +56,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     if unfinished:
         data = MicroBatches(
             sources,
-            Sequences(
-                processor,
-                recipe.data.max_tokens,
-                recipe.data.max_media,
-                recipe.data.next_media,
-                recipe.model.media_attention,
-            ),
+            Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe)),
             micro_batch=recipe.micro_batch,
             seed=recipe.seed,
         )
@@ -79,18 +75,39 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
             Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
         ):  # fmt: skip
             state.run_id = tracker.run_id
-            loop.run(recipe, state, processes.replicate(model), batches, checkpoints, tracker, progress, processes)
+            replicated = processes.replicate(model)
+            loop.run(recipe, state, replicated, data, batches, checkpoints, tracker, progress, processes)
     if processes.is_main and (unfinished or not (out / "model").exists()):
         save_model(model, processor, recipe, out / "model")
     processes.wait()
     return out / "model"
 
 
+def open_sources(recipe: Recipe) -> list[Source]:
+    """The shard sets of the mixture."""
+    data = recipe.data
+    cache, room = recipe.path(data.cache), int(data.cache_gb * 1e9)
+    return [
+        Source(
+            name,
+            open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room),
+            source.share,
+            source.start_step * recipe.batch,
+        )
+        for name, source in data.sources.items()
+    ]
+
+
+def sequence_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's options of `Sequences`."""
+    return {name: getattr(recipe.data, name) for name in SEQUENCE_OPTIONS}
+
+
 def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The recipe's Flamingo over its backbones, in float32."""
     options = dict(vars(recipe.model))
     train_new_tokens = options.pop("train_new_tokens")
-    model, processor = from_backbones(dtype=torch.float32, **options)
+    model, processor = from_backbones(dtype=torch.float32, packing=recipe.data.packing, **options)
     for rows in (model.new_input_rows, model.new_output_rows):
         if rows is not None:
             rows.requires_grad_(train_new_tokens)
@@ -131,7 +148,7 @@ def make_glyphs(recipe: Recipe, processes: Processes) -> dict[str, Any]:
     return found["account"]
 
 
-def identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
+def identity(recipe: Recipe, sources: list[Source], processor: FlamingoProcessor) -> dict[str, Any]:
     """What a resumed run must share with the run that it continues."""
     described = recipe.as_dict()
     data = described.pop("data")
@@ -141,8 +158,14 @@ def identity(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
     }
     kept = {key: described[key] for key in ("seed", "steps", "batch", "micro_batch", "model", "optimizer")}
     kept["backbones"] = {part: backbone_identity(kept["model"][part]) for part in ("vision", "language")}
-    limits = {"max_tokens": data["max_tokens"], "max_media": data["max_media"]}
-    return json.loads(json.dumps({**kept, **limits, "sources": mixture}))  # as it will be read back
+    kept["tokenizer"] = tokenizer_identity(processor)
+    return json.loads(json.dumps({**kept, **sequence_options(recipe), "sources": mixture}))  # as it will be read back
+
+
+def tokenizer_identity(processor: FlamingoProcessor) -> str:
+    """SHA-256 over all that makes tokens of text; how batches are padded and cut is no part of it."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    return hashlib.sha256(json.dumps(tokenizer | {"padding": None, "truncation": None}).encode()).hexdigest()
 
 
 def save_model(

@@ -57,7 +57,7 @@ class SourceRecipe:
     """One shard set of the mixture."""
 
     shards: str
-    """folder of indexed shards; `{out}` stands for the run's folder"""
+    """folder of indexed shards, or its URL; `{out}` stands for the run's folder"""
     share: float = 1.0
     """share of the samples, relative to the other active sources"""
     loss_weight: float = 1.0
@@ -92,6 +92,22 @@ class DataRecipe:
     """media of a sequence"""
     next_media: float = 0.0
     """probability that the texts of a sequence see the medium that comes next instead of the one before"""
+    rules: Literal["flamingo", "open_flamingo"] = "flamingo"
+    """where `<|endofchunk|>` stands and which tokens count"""
+    leading_space: float = 0.0
+    """probability that a space is put before the texts of a sequence (Flamingo: 0.5)"""
+    packing: bool = False
+    """short sequences of a micro-batch share rows of max_tokens; the LM must keep them apart, which is checked"""
+    flip: float = 0.0
+    """probability that left and right of a medium are exchanged"""
+    crop: float = 1.0
+    """least share of a medium's area that a random crop keeps; 1: no crop"""
+    max_fault_share: float = 0.02
+    """largest share of a source's samples that may be faulty; faulty ones are replaced, past the share the run stops"""
+    cache: str = "{out}/cache"
+    """folder for remote shards on this machine; `{out}` stands for the run's folder"""
+    cache_gb: float = 64.0
+    """how much of it they may fill, in units of 10⁹ bytes"""
     workers: int = 1
     """processes a rank that read ahead; 0 reads in the training process"""
     glyphs: GlyphsRecipe | None = None
@@ -155,9 +171,13 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
 
+    def place(self, template: str) -> str:
+        """A path or URL of the recipe, with `{out}` filled in."""
+        return template.replace("{out}", self.out)
+
     def path(self, template: str) -> Path:
         """A path of the recipe, with `{out}` filled in."""
-        return Path(template.replace("{out}", self.out))
+        return Path(self.place(template))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints and trackers."""
@@ -172,6 +192,10 @@ class Recipe:
         for name, number in positive.items():
             if number < 1:
                 raise FlamingoError(f"{name}={number}: expected a positive number")
+        if not 0 <= self.data.max_fault_share <= 1:
+            raise FlamingoError(f"data.max_fault_share={self.data.max_fault_share}: expected a share, 0 to 1")
+        if self.data.cache_gb <= 0:
+            raise FlamingoError(f"data.cache_gb={self.data.cache_gb}: expected a positive number")
         if self.data.workers < 0:
             raise FlamingoError(f"data.workers={self.data.workers}: expected 0 or more")
         if self.batch % (self.micro_batch * processes):
