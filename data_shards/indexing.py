@@ -14,6 +14,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -114,6 +115,8 @@ class Contents:
 
     def close(self) -> None:
         """Find members that stand twice, and keys that come again: with the same members anew, or with others."""
+        for span, following in pairwise(self.spans):
+            span.end = following.start  # as who reads by offsets reads: with files of no sample that stand between
         places: dict[str, list[int]] = defaultdict(list)
         for number, span in enumerate(self.spans):
             places[span.key].append(number)

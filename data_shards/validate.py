@@ -21,8 +21,8 @@ from data_shards.shards import INDEX, SAMPLE_FORMATS, offsets_path
 from flamingo.document import Document, Image, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256
-from flamingo.images import Limits, decode
-from flamingo.processing import IGNORED, IMAGE_TOKEN, FlamingoProcessor
+from flamingo.images import Limits, PixelSettings, decode
+from flamingo.processing import IMAGE_TOKEN
 
 NO_INDEX = "no index"
 BAD_INDEX = "bad index"
@@ -61,7 +61,7 @@ def validate(
     folder: str | Path,
     *,
     samples: SamplesForm | None = None,
-    processor: FlamingoProcessor | None = None,
+    settings: PixelSettings | None = None,
     processes: int | None = None,
 ) -> Report:
     """Open everything in a folder of shards, and report each fault by shard, key and reason.
@@ -74,7 +74,7 @@ def validate(
     Args:
         folder: of `*.tar`, ours with an index, or anybody's.
         samples: form of the samples; None: as the index says, or told from the first samples.
-        processor: of a model; its tokenizer then says whether a token is supervised, its channels how to decode.
+        settings: of a model's processor (`pixel_settings`), for its channels and its limits; None: RGB, usual limits.
         processes: None: one for each core, where there are enough data.
 
     Raises:
@@ -90,7 +90,7 @@ def validate(
     report.add(index.faults)
     present = {path.name for path in paths}
     report.add(Fault(name, "", MISSING_SHARD, f"{INDEX} lists it") for name in index.entries if name not in present)
-    check = partial(_check_shard, form=form, processor=processor, entries=index.entries)
+    check = partial(_check_shard, form=form, settings=settings, entries=index.entries)
     results = over_files(check, paths, processes=processes, title="validating")
     keys, faulty, faulty_shards = [], [], []
     for path, result in zip(paths, results, strict=True):
@@ -176,7 +176,7 @@ def _check_index(path: Path, contents: Contents, entry: Mapping[str, Any]) -> It
 
 
 def _check_shard(
-    path: Path, *, form: str, processor: FlamingoProcessor | None, entries: Mapping[str, Mapping[str, Any]]
+    path: Path, *, form: str, settings: PixelSettings | None, entries: Mapping[str, Mapping[str, Any]]
 ) -> _Checked:
     try:
         contents = scan(path)
@@ -192,7 +192,7 @@ def _check_shard(
         with path.open("rb") as file:
             for number, span in enumerate(contents.spans):
                 if not span.faulty:
-                    faults = list(_check_sample(span, file, path.name, form, processor, checked))
+                    faults = list(_check_sample(span, file, path.name, form, settings, checked))
                     checked.faults += faults
                     checked.faulty[number] = bool(faults)
         return checked
@@ -201,7 +201,7 @@ def _check_shard(
 
 
 def _check_sample(
-    span: Span, file: BinaryIO, shard: str, form: str, processor: FlamingoProcessor | None, checked: _Checked
+    span: Span, file: BinaryIO, shard: str, form: str, settings: PixelSettings | None, checked: _Checked
 ) -> Iterator[Fault]:
     """The faults of a sample whose members are sound; its images are counted."""
     try:
@@ -210,28 +210,25 @@ def _check_sample(
             yield Fault(shard, span.key, BAD_MATRIX, wrong)
             return
         document = SAMPLE_FORMATS[form](span.key, members)
-        yield from (Fault(shard, span.key, *found) for found in _check_text(document, processor))
+        yield from (Fault(shard, span.key, *found) for found in _check_text(document))
     except FlamingoError as error:
         yield Fault.of(error, span.key, shard)
         return
     except Exception as error:  # noqa: BLE001  whatever a sample holds is its fault, and the others are still looked at
         yield Fault(shard, span.key, UNUSABLE, f"{type(error).__name__}: {error}")
         return
+    channels, limits = (settings.channels, settings.limits) if settings else (3, Limits())
     checked.text_only += not document.media and bool(_texts(document))
     for image in images(document):
         checked.images += 1
         try:
-            decode(image, processor.channels if processor else 3, _limits(processor))
+            decode(image, channels, limits)
         except FlamingoError as error:
             checked.faulty_images += 1
             yield Fault.of(error, span.key, shard)
 
 
-def _limits(processor: FlamingoProcessor | None) -> Limits:
-    return processor.pixel_settings.limits if processor else Limits()
-
-
-def _check_text(document: Document, processor: FlamingoProcessor | None) -> Iterator[tuple[str, str]]:
+def _check_text(document: Document) -> Iterator[tuple[str, str]]:
     """(reason, detail) of a document from which nothing can be learned."""
     texts = _texts(document)
     if not texts and not document.media:
@@ -242,8 +239,6 @@ def _check_text(document: Document, processor: FlamingoProcessor | None) -> Iter
         yield IMAGE_MARK, f"{marks} {IMAGE_TOKEN} in its texts"
     elif not any(text.supervised for text in texts):
         yield NOTHING_SUPERVISED, f"{len(texts)} texts, none supervised"
-    elif processor and all(label == IGNORED for label in processor.encode(document).labels):
-        yield NOTHING_SUPERVISED, "its texts give no token"
 
 
 def _texts(document: Document) -> list[Text]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from data_shards.faults import (
     TOO_LARGE,
     TRUNCATED,
     UNSAFE_NAME,
+    SampleError,
 )
 from data_shards.indexing import OVERSIZED, index_folder
 from data_shards.parallel import over_files
@@ -45,8 +47,9 @@ from data_shards.validate import (
     validate,
 )
 from flamingo import Document, FlamingoError, Image, Text
+from flamingo.images import Limits, PixelSettings
 from tests.data_shards.planted import good, huge_png, mmc4, pair, png, symlink, write_tar, written
-from tests.tiny import document, tiny_flamingo
+from tests.tiny import document
 
 
 def found(report: Report) -> set[tuple[str, str, str]]:
@@ -117,6 +120,25 @@ def test_every_planted_fault_is_found_and_no_other(tmp_path: Path) -> None:
     assert (report.text_only, report.other_members) == (1, 1)
     index_folder(tmp_path)
     assert found(validate(tmp_path)) == planted
+
+
+def test_what_cannot_be_read_is_what_is_reported(tmp_path: Path) -> None:
+    """Catches a sample that training replaces though validation passed it, or the other way round."""
+    plant(tmp_path)
+    index_folder(tmp_path)
+    readable, refused = set(), set()
+    for shard in open_shards(tmp_path).shards:
+        for number in range(shard.samples):
+            try:
+                readable.add((shard.file, shard.read(number).key))
+            except SampleError as error:
+                refused.add((shard.file, error.key, error.reason))
+    reported = found(validate(tmp_path))
+    assert len(refused) == 9 and refused <= reported
+    in_its_content = {NO_IMAGE, TOO_LARGE, NOTHING_SUPERVISED, EMPTY_DOCUMENT, IMAGE_MARK}
+    across_shards = {("b.tar", "sound0", DUPLICATE_KEY), ("d.tar", "again", DUPLICATE_KEY)}
+    not_read = {fault for fault in reported if fault[2] not in {*in_its_content, TRUNCATED, NOT_A_TAR}} - across_shards
+    assert not_read == refused
 
 
 def test_processes_find_the_same(tmp_path: Path) -> None:
@@ -220,11 +242,13 @@ def test_an_index_that_does_not_fit_is_found(tmp_path: Path, change: str, shard:
     assert found(validate(tmp_path)) == {(shard, "", reason)}
 
 
-def test_a_processor_says_what_is_supervised(tmp_path: Path) -> None:
-    """Catches a document whose text gives no token to this tokenizer."""
-    _, processor = tiny_flamingo(tmp_path / "model")
-    write_shards([document(1, 1, key="a")], tmp_path / "set")
-    assert validate(tmp_path / "set", processor=processor).ok
+def test_a_model_may_set_other_limits(tmp_path: Path) -> None:
+    """Catches settings that do not reach the decoder, which would pass images that training refuses."""
+    write_shards([document(1, 1, key="a")], tmp_path)
+    settings = PixelSettings(1, 8, 8, None, "bicubic", 1.0, (0.0,), (1.0,), limits=Limits(pixels=16 * 16))
+    assert validate(tmp_path, settings=settings).ok
+    report = validate(tmp_path, settings=replace(settings, limits=Limits(pixels=16 * 16 - 1)))
+    assert found(report) == {("shard-00000.tar", "a", TOO_LARGE)}
 
 
 def test_too_large_a_sample_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
