@@ -22,7 +22,7 @@ from flamingo.document import Document, Image, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256
 from flamingo.images import Limits, PixelSettings, decode
-from flamingo.processing import IMAGE_TOKEN
+from flamingo.processing import IMAGE_TOKEN, FlamingoProcessor
 
 NO_INDEX = "no index"
 BAD_INDEX = "bad index"
@@ -61,7 +61,7 @@ def validate(
     folder: str | Path,
     *,
     samples: SamplesForm | None = None,
-    settings: PixelSettings | None = None,
+    processor: FlamingoProcessor | None = None,
     processes: int | None = None,
 ) -> Report:
     """Open everything in a folder of shards, and report each fault by shard, key and reason.
@@ -74,7 +74,7 @@ def validate(
     Args:
         folder: of `*.tar`, ours with an index, or anybody's.
         samples: form of the samples; None: as the index says, or told from the first samples.
-        settings: of a model's processor (`pixel_settings`), for its channels and its limits; None: RGB, usual limits.
+        processor: of a model, for the channels and the limits of its images; None: RGB within the usual limits.
         processes: None: one for each core, where there are enough data.
 
     Raises:
@@ -90,6 +90,7 @@ def validate(
     report.add(index.faults)
     present = {path.name for path in paths}
     report.add(Fault(name, "", MISSING_SHARD, f"{INDEX} lists it") for name in index.entries if name not in present)
+    settings = processor.pixel_settings if processor else None
     check = partial(_check_shard, form=form, settings=settings, entries=index.entries)
     results = over_files(check, paths, processes=processes, title="validating")
     keys, faulty, faulty_shards = [], [], []

@@ -47,9 +47,9 @@ from data_shards.validate import (
     validate,
 )
 from flamingo import Document, FlamingoError, Image, Text
-from flamingo.images import Limits, PixelSettings
+from flamingo.images import Limits
 from tests.data_shards.planted import good, huge_png, mmc4, pair, png, symlink, write_tar, written
-from tests.tiny import document
+from tests.tiny import document, tiny_flamingo
 
 
 def found(report: Report) -> set[tuple[str, str, str]]:
@@ -244,11 +244,11 @@ def test_an_index_that_does_not_fit_is_found(tmp_path: Path, change: str, shard:
 
 def test_a_model_may_set_other_limits(tmp_path: Path) -> None:
     """Catches settings that do not reach the decoder, which would pass images that training refuses."""
-    write_shards([document(1, 1, key="a")], tmp_path)
-    settings = PixelSettings(1, 8, 8, None, "bicubic", 1.0, (0.0,), (1.0,), limits=Limits(pixels=16 * 16))
-    assert validate(tmp_path, settings=settings).ok
-    report = validate(tmp_path, settings=replace(settings, limits=Limits(pixels=16 * 16 - 1)))
-    assert found(report) == {("shard-00000.tar", "a", TOO_LARGE)}
+    write_shards([document(1, 1, key="a")], tmp_path / "set")
+    _, processor = tiny_flamingo(tmp_path / "model")
+    for pixels, reasons in ((16 * 16, set()), (16 * 16 - 1, {("shard-00000.tar", "a", TOO_LARGE)})):
+        processor.pixel_settings = replace(processor.pixel_settings, limits=Limits(pixels=pixels))
+        assert found(validate(tmp_path / "set", processor=processor)) == reasons
 
 
 def test_too_large_a_sample_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
