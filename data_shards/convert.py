@@ -61,9 +61,9 @@ class Options:
     """What is written; another folder for other options."""
 
     max_tokens: int | None = 256
-    """tokens of a document, with its marks; longer ones are split before an image, or a sentence. null: no limit"""
+    """tokens of a document with images, and with its marks; longer ones are split. null: no limit"""
     max_media: int | None = 5
-    """images of a document; ones with more are split. null: no limit"""
+    """images of a document; those with more are split. null: no limit"""
     tokenizer: str | None = None
     """folder or hub id of the tokenizer that counts tokens; default: an estimate on the long side"""
     max_samples: int = 2000

@@ -1,13 +1,14 @@
-"""Documents longer than a sequence → pieces that each fit one, so that training sees every image and every word.
+"""Documents longer than a sequence → pieces, so that training sees every image, and each with its text.
 
 A document is a row of chunks: one or more media that stand together, and the text up to the next medium; before the
-first medium there may be text alone, its lead. Whole chunks are put into a piece as long as they fit.
+first medium there may be text alone, its lead. Whole chunks are put into a piece as long as they fit a sequence.
 
 - Cuts stand right before a medium, so a text stays behind the medium that it follows. The media that share one text are
   parted only where they are more than a piece may have: then the last ones stay with the text.
-- Text alone that does not fit beside the next chunk gives it only its last sentences, which lead into the medium.
-- A chunk that is too long keeps its media and the beginning of its text; the rest becomes pieces of text alone, cut
-  before a sentence, or else a word. They are not windows drawn in training, since then no epoch would see all of it.
+- A chunk that is too long keeps its media and as much of its text as fits, cut before a sentence, or else a word.
+- Text alone that does not fit beside the next chunk leaves it its last sentences, which lead into the medium, and is a
+  piece of its own for the rest. It may be longer than a sequence: training draws a window of it each time. Were it cut
+  into sequences, long texts would outnumber the images; were it left beside its medium, windows would rarely show that.
 
 Nothing is repeated and nothing is lost: the pieces one after the other are the document.
 """
@@ -15,8 +16,9 @@ Nothing is repeated and nothing is lost: the pieces one after the other are the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from flamingo.document import Document, Medium, Segment, Text
 from flamingo.errors import FlamingoError
@@ -28,11 +30,11 @@ ENDS = 2
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*(?=\s+\S)|(?<=[。！？])(?=\s*\S)|(?<=\S)(?=\n\s*\S)")
 _WORD_END = re.compile(r"(?<=\S)(?=\s+\S)")
-_TOKEN = re.compile(r"[A-Za-z]{1,4}|[^\sA-Za-z]|\s(?=\s)|\n(?!\s)")
+_TOKEN = re.compile(r"[A-Za-z]{1,5}|[^\sA-Za-z]|\s(?=\s)|\n(?!\s)")
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens of a text without its tokenizer, on the long side: one for every four letters of a word, one for every
+    """Tokens of a text without its tokenizer, on the long side: one for every five letters of a word, one for every
     digit, sign and further space, and more for characters of several bytes.
     """
     return sum(1 for _ in _TOKEN.finditer(text)) + (len(text.encode(errors="replace")) - len(text)) // 2
@@ -69,8 +71,8 @@ def split(
     """The pieces of a document, in order; a document that fits is its own one piece.
 
     Args:
-        max_tokens: of a piece, with one for each medium, for each `<|endofchunk|>`, and for the ends of the sequence;
-            None: any number.
+        max_tokens: of a piece with media, with one for each medium, for each `<|endofchunk|>`, and for the ends of the
+            sequence; None: any number.
         max_media: of a piece; None: any number.
         count_tokens: of a text, without special tokens.
 
@@ -142,13 +144,12 @@ class _Pieces:
         size = self._size(chunk)
         if self.open and not self._fits(chunk, size):
             self._close(leave=size)
-        if self._fits(chunk, size):
-            self.open.append(chunk)
-            self.used += size
-            return
-        *whole, last = self._cut(chunk)
-        self.done += [each.segments for each in whole]
-        self.open, self.used = [last], self._size(last)
+        if not self._fits(chunk, size) and chunk.media:
+            whole, chunk = self._cut(chunk)
+            self.done.append(whole.segments)
+            size = self._size(chunk)
+        self.open.append(chunk)
+        self.used += size
 
     def finish(self) -> Iterator[tuple[Segment, ...]]:
         """The segments of each piece."""
@@ -188,42 +189,18 @@ class _Pieces:
         kept = (*before, replace(last, text=text[:cut])) if cut else tuple(before)
         return [_Chunk((), kept)], _Chunk((), (replace(last, text=text[cut:]),))
 
-    def _cut(self, chunk: _Chunk) -> list[_Chunk]:
-        """A chunk that is too long: its media with as much text as fits, then text alone."""
+    def _cut(self, chunk: _Chunk) -> tuple[_Chunk, _Chunk]:
+        """A chunk that is too long: its media with as much text as fits, and the rest."""
         assert self.room is not None, "only tokens make a chunk too long"
-        windows: list[list[Text]] = [[]]
-        left = self.room - len(chunk.media) - 1
-        for text in chunk.texts:
-            size = self.count(text.text)
-            if size <= left:
-                windows[-1].append(text)
-                left -= size
-                continue
-            first, *others = self._cut_text(text.text, left, self.room - 1, begins=not windows[-1])
-            if first:
-                windows[-1].append(replace(text, text=first))
-            windows += [[replace(text, text=other)] for other in others]
-            left = self.room - 1 - self.count(windows[-1][-1].text)
-        return [_Chunk(() if place else chunk.media, tuple(texts)) for place, texts in enumerate(windows)]
-
-    def _cut_text(self, text: str, first: int, full: int, *, begins: bool) -> list[str]:
-        """A text in parts of at most `first` tokens ("" if need be, unless it `begins` a window), then `full` each."""
-        ends = list(self._ends(text, first if begins else full))
-        parts: list[str] = []
-        start, place, budget = 0, 0, first
-        while place < len(ends):
-            reach = self._within(text, start, ends, place, budget)
-            if not reach and (parts or begins):
-                reach = 1  # one character of more tokens than fit
-            place += reach
-            end = ends[place - 1] if reach else start
-            parts.append(text[start:end])
-            start, budget = end, full
-        return parts
-
-    def _within(self, text: str, start: int, ends: Sequence[int], place: int, budget: int) -> int:
-        """How many of the ends from `place` on are within the budget of a part that begins at `start`."""
-        return _reach(len(ends) - place, lambda n: self.count(text[start : ends[place + n]]) <= budget)
+        left, place = self.room - len(chunk.media) - 1, 0
+        while (size := self.count(chunk.texts[place].text)) <= left:
+            left, place = left - size, place + 1
+        before, text, after = chunk.texts[:place], chunk.texts[place], chunk.texts[place + 1 :]
+        ends = list(islice(self._ends(text.text, left), left + 1))
+        reach = _reach(len(ends), lambda end: self.count(text.text[: ends[end]]) <= left)
+        cut = ends[reach - 1] if reach else 0
+        head, tail = (replace(text, text=part) for part in (text.text[:cut], text.text[cut:]))
+        return _Chunk(chunk.media, (*before, head) if cut else before), _Chunk((), (tail, *after))
 
     def _ends(self, text: str, budget: int) -> Iterator[int]:
         """Where a text may be cut: behind its sentences; behind the words, or characters, of what is too long."""
