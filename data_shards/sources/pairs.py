@@ -84,6 +84,7 @@ class PairsReader:
         else:
             image, captions = self._row(content, images)
         chosen = captions[:1] if self.captions == "first" else captions
+        images.named = len(chosen)  # an image counts as often as it is kept
         return [Document((image, Text(plain(caption))), source=self.name) for caption in chosen]
 
     def _row(self, row: Row, images: Images) -> tuple[Image, list[str]]:

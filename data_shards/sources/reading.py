@@ -54,18 +54,21 @@ def find_files(source: str, *groups: tuple[str, ...]) -> list[str]:
     Raises:
         FlamingoError: where there are none.
     """
-    path = Path(source)
+    path, endings = Path(source), tuple(ending for group in groups for ending in group)
+    found: Iterable[Path] = [path]
     if source and path.is_dir():
-        below = (file for file in path.rglob("*") if file.is_file())
-        files = [file for file in below if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    else:
-        files = [path] if path.is_file() else [Path(name) for name in glob.glob(source, recursive=True)]  # noqa: PTH207  absolute ones too
-    for endings in groups:
-        found = sorted(str(file) for file in files if file.name.lower().endswith(endings) and file.is_file())
-        if found:
-            return found
-    expected = ", ".join(ending for endings in groups for ending in endings)
-    raise FlamingoError(f"{source or 'input'}: expected a file, folder or glob of {expected}")
+        found = (file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
+    elif not path.is_file():
+        found = map(Path, glob.glob(source, recursive=True))  # noqa: PTH207  of any root
+    files = sorted(str(file) for file in found if file.name.lower().endswith(endings) and file.is_file())
+    for group in groups:
+        if chosen := [file for file in files if file.lower().endswith(group)]:
+            return chosen
+    raise FlamingoError(f"{source or 'input'}: expected a file, folder or glob of {', '.join(endings)}")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

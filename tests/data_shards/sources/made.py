@@ -53,6 +53,8 @@ def read(reader: Reader | Any) -> tuple[list[Document], Account]:
         for record in reader.records(part):
             documents += reader.documents(record, account)
     assert account.adds_up
+    media = [medium for document in documents for medium in document.media]
+    assert account.images_kept == sum(len(each.frames) if isinstance(each, Video) else 1 for each in media)
     return documents, account
 
 

@@ -85,10 +85,11 @@ def test_fresh_assignment_differs_from_the_stored_matches(tmp_path: Path) -> Non
     assert one(tmp_path, record)[0] == ["s0. s1.", image_bytes(1), image_bytes(2), "s2."]
 
 
-def test_fresh_assignment_is_of_the_images_that_are_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("row_of_absent", [[0.9, 0.0, 0.0], [0.0, 0.9, 0.0]])
+def test_fresh_assignment_is_of_the_images_that_are_there(tmp_path: Path, row_of_absent: list[float]) -> None:
     """An image that was never downloaded takes the sentence of one that was; rows of the matrix shifted."""
     absent = info(1, 0) | {"image_base64": None}
-    record = page(absent, info(2, 0), similarity_matrix=[[0.9, 0.0, 0.0], [0.6, 0.3, 0.5]])
+    record = page(absent, info(2, 2), similarity_matrix=[row_of_absent, [0.6, 0.3, 0.5]])
     shown, account = one(tmp_path, record, assignment="fresh")
     assert shown == [image_bytes(2), "s0. s1. s2."]
     assert account.images_dropped == {MISSING_IMAGE: 1}

@@ -105,6 +105,16 @@ def test_malformed_records_are_told(tmp_path: Path, content: Any, reason: str, i
     assert account.examples[reason][0].startswith(f"{tmp_path / 'docs.jsonl'}:1")
 
 
+@pytest.mark.parametrize("metadata", ['{"a": ' + "[" * 800 + "]" * 800 + "}", json.dumps("[" * 100_000)])
+def test_deep_metadata_is_told(metadata: str) -> None:
+    """Nesting that ends the conversion with a RecursionError."""
+    line = f'{{"images": [null], "texts": ["a"], "general_metadata": {metadata}}}'
+    account = Account()
+    reader = ObelicsReader("", keep_text_only=True)
+    assert reader.documents(Record("x:1", Row("x", line.encode())), account) == []
+    assert account.adds_up and account.documents_dropped == {BAD_RECORD: 1}
+
+
 def test_unsafe_names_are_told(tmp_path: Path) -> None:
     """A document that reads files above its folder."""
     _, account = read(ObelicsReader(lines(tmp_path, record(("../x.jpg", None), (None, "a")))))

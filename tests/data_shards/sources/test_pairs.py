@@ -107,7 +107,7 @@ def test_columns_and_stores(folder: Path) -> None:
     options: dict[str, Any] = dict(images=str(folder), image_column="picture", caption_column="said")
     documents, account = read(PairsReader(str(path), **options))
     assert [outline(document) for document in documents] == [[image_bytes(1), "a"], [image_bytes(1), "b"]]
-    assert (account.documents_kept, account.images_kept) == (1, 1)
+    assert (account.documents_kept, account.images_kept) == (1, 2)
     assert len(read(PairsReader(str(path), captions="first", **options))[0]) == 1
     _, account = read(PairsReader(str(path), images=str(folder)))
     assert account.documents_dropped == {MISSING_IMAGE: 1}
@@ -161,5 +161,5 @@ def test_real_coco_photos(real_data: Path) -> None:
     """Real photographs or captions lost."""
     folder = real_data / "coco_photos"
     documents, account = read(PairsReader(str(folder), images=str(folder / "images")))
-    assert (account.documents_kept, account.images_kept, len(documents)) == (39, 39, 195)
+    assert (account.documents_kept, account.images_kept, len(documents)) == (39, 195, 195)
     assert all(len(document.segments) == 2 and document.source == "pairs" for document in documents)
