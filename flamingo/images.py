@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,13 +83,13 @@ class Crop(NamedTuple):
     left: float
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """The region of (C, H, W), a view."""
-        height, width = pixels.shape[1:]
+        """The region of (…, H, W), a view."""
+        height, width = pixels.shape[-2:]
         area = self.area * height * width
         rows = min(height, max(1, round(math.sqrt(area / self.aspect))))
         columns = min(width, max(1, round(math.sqrt(area * self.aspect))))
         top, left = round(self.top * (height - rows)), round(self.left * (width - columns))
-        return pixels[:, top : top + rows, left : left + columns]
+        return pixels[..., top : top + rows, left : left + columns]
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ def plain(picture: PilImage.Image, mode: str) -> PilImage.Image:
 
 
 def resize(pixels: Tensor, settings: PixelSettings, view: View = View()) -> Tensor:
-    """(C, H, W) uint8 of any size → (C, settings.height, settings.width) uint8.
+    """(N, C, H, W) uint8 of any size → (N, C, settings.height, settings.width) uint8.
 
     A view's crop fills the whole output, as in torchvision's random resized crop; without one the image is scaled and
     cropped as the image processor does.
@@ -319,22 +320,22 @@ def resize(pixels: Tensor, settings: PixelSettings, view: View = View()) -> Tens
     if view.crop is not None:
         pixels = view.crop.cut(pixels)
     elif settings.shortest_edge is not None:
-        pixels = _without_ends(pixels, LONGEST * min(pixels.shape[1:]))
-        scale = settings.shortest_edge / min(pixels.shape[1:])
-        height, width = (max(1, int(edge * scale + 1e-6)) for edge in pixels.shape[1:])  # as transformers truncates
-    if pixels.shape[1:] != (height, width):
-        pixels = interpolate(pixels[None], (height, width), mode=settings.mode, antialias=settings.mode != "nearest")[0]
+        pixels = _without_ends(pixels, LONGEST * min(pixels.shape[2:]))
+        scale = settings.shortest_edge / min(pixels.shape[2:])
+        height, width = (max(1, int(edge * scale + 1e-6)) for edge in pixels.shape[2:])  # as transformers truncates
+    if pixels.shape[2:] != (height, width):
+        pixels = interpolate(pixels, (height, width), mode=settings.mode, antialias=settings.mode != "nearest")
     top, left = (height - settings.height) // 2, (width - settings.width) // 2
     if top < 0 or left < 0:
         raise FlamingoError(f"image processor: crop of {settings.height}×{settings.width} is larger than its images")
-    pixels = pixels[:, top : top + settings.height, left : left + settings.width]
-    return pixels.flip(2) if view.flip else pixels
+    pixels = pixels[..., top : top + settings.height, left : left + settings.width]
+    return pixels.flip(3) if view.flip else pixels
 
 
 def _without_ends(pixels: Tensor, longest: int) -> Tensor:
-    """The middle of (C, H, W), at most `longest` high and wide: a crop will not see more, and memory stays bounded."""
-    top, left = (max(0, edge - longest) // 2 for edge in pixels.shape[1:])
-    return pixels[:, top : top + longest, left : left + longest]
+    """The middle of (…, H, W), at most `longest` high and wide: a crop will not see more, and memory stays bounded."""
+    top, left = (max(0, edge - longest) // 2 for edge in pixels.shape[-2:])
+    return pixels[..., top : top + longest, left : left + longest]
 
 
 def media_pixels(
@@ -357,14 +358,21 @@ def media_pixels(
     views = [None] * len(frames) if views is None else views
     if len(views) != len(frames):
         raise FlamingoError(f"{len(views)} views of {len(frames)} media: expected one for each")
-    pixels = torch.empty(
-        len(frames), len(frames[0]) if frames else 1, settings.channels, settings.height, settings.width
-    )
-    # (x · rescale − mean) / std, as one multiplication and one addition; image by image, while it is in the cache
+    shape = (settings.channels, settings.height, settings.width)
+    pixels = torch.empty(len(frames), len(frames[0]) if frames else 1, *shape)
+    # (x · rescale − mean) / std, as one multiplication and one addition
     mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
     scale, shift = settings.rescale / std, mean / std
-    for medium, view, filled in zip(frames, views, pixels, strict=True):
-        for frame, place in zip(medium, filled, strict=True):
-            small = resize(decode(frame, settings.channels, settings.limits), settings, view or View())
-            place.copy_(small).mul_(scale).sub_(shift)
+
+    def together(image: tuple[int, View, Tensor]) -> object:
+        """Small images of one size are resized at once; larger ones each alone, while they are in the cache."""
+        place, view, decoded = image
+        return decoded.shape, view, place if decoded.numel() > math.prod(shape) else None
+
+    seen = [(frame, view or View()) for medium, view in zip(frames, views, strict=True) for frame in medium]
+    images = ((n, view, decode(frame, settings.channels, settings.limits)) for n, (frame, view) in enumerate(seen))
+    for _, group in groupby(images, together):
+        places, (view, *_), decoded = zip(*group, strict=True)
+        small = resize(torch.stack(decoded) if len(decoded) > 1 else decoded[0][None], settings, view)
+        pixels.flatten(0, 1)[places[0] : places[-1] + 1].copy_(small).mul_(scale).sub_(shift)
     return pixels

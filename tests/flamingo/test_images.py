@@ -339,7 +339,7 @@ def test_views_flip_and_crop() -> None:
     assert torch.equal(media_pixels([picture], CROPPING, [View(flip=True)]), plain.flip(4))
     pixels = decode(picture, 3)
     left = View(crop=Crop(area=1 / 6, aspect=1.0, top=0.0, left=0.0))
-    corner = resize(pixels, CROPPING, left)
+    (corner,) = resize(pixels[None], CROPPING, left)
     assert torch.equal(corner, torch.tensor(BLOCKS[0, 0], dtype=torch.uint8)[:, None, None].expand(3, 16, 16))
     assert Crop(2 / 6, 2.0, 1.0, 1.0).cut(pixels).shape == (3, 16, 32)
     assert torch.equal(Crop(2 / 6, 2.0, 1.0, 1.0).cut(pixels), pixels[:, 16:, 16:])
