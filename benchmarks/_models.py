@@ -22,6 +22,7 @@ import torch
 from einops import rearrange
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
@@ -37,6 +38,7 @@ from transformers import (
 from flamingo import FlamingoConfig
 from flamingo.backbones import assemble
 from flamingo.processing import IGNORED
+from flamingo.products import fast_products
 
 MLP = 4
 """width of the backbones' feed-forwards, in widths of their streams: of OPT and CLIP alike"""
@@ -133,8 +135,9 @@ class Place:
     def bandwidth(self) -> float:
         """Bytes a second at which a matrix-vector product reads weights too large for any cache: the best of ten."""
         matrix = torch.randn(16384, 8192, device=self.device, dtype=self.dtype)
-        vector = torch.randn(8192, device=self.device, dtype=self.dtype)
-        seconds = min(self.seconds(lambda: matrix @ vector) for _ in range(10))
+        vector = torch.randn(1, 8192, device=self.device, dtype=self.dtype)
+        with torch.no_grad(), fast_products():
+            seconds = min(self.seconds(lambda: linear(vector, matrix)) for _ in range(10))
         return matrix.numel() * matrix.element_size() / seconds
 
 

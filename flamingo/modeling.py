@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
@@ -271,6 +273,13 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.vision_tower.eval()
         return self
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        """What is computed again in the backward pass, outside of `forward`, is computed by the same products."""
+        alike = partial(_checkpoint_fast, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, alike, **options)
+
     def _blocks(self) -> list[GatedCrossAttention]:
         return cast(list[GatedCrossAttention], list(self.cross_attention))
 
@@ -409,10 +418,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._check_ids(input_ids)
             check_media(media_per_sample, media, counts)
         trains = labels is not None and torch.is_grad_enabled()
-        # What checkpointing computes again it computes outside of this forward, and must then compute alike.
-        fast = trains and not torch.compiler.is_compiling() and not self.is_activation_checkpointing
         if media_memory is None:
-            with fast_products(fast):
+            with fast_products(trains):
                 media_memory = self._remember(pixel_values, media_latents, input_ids)
         if media_first is None or media_last is None:
             if continues:
@@ -435,7 +442,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         sees = visible.any(dim=-1, keepdim=True)
         self._conditioning = _Conditioning(media_memory, slots, visible | ~sees, sees, positions, in_place)
         try:
-            with fast_products(fast):
+            with fast_products(trains):
                 output = self.language_model(
                     inputs_embeds=self.embed_tokens(input_ids),
                     attention_mask=attention_mask,
@@ -713,6 +720,10 @@ class _AppendNewTokens(_Hook):
         if now.in_place:
             return PutColumns.apply(logits, new, columns)
         return logits.index_copy(-1, columns, new)
+
+
+def _checkpoint_fast(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(fast_products()(function), *args)
 
 
 def _number(*forms: Tensor | MediaMemory | None) -> int:
