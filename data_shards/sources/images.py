@@ -172,8 +172,7 @@ def _keys_of(name: str) -> Iterator[int]:
         return
     path = str(PurePosixPath(name))  # without "./" and doubled slashes
     yield _hash("path", path)
-    if "/" not in path:
-        yield _hash("name", path)
+    yield _hash("name", path)
 
 
 class _Index:
