@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -116,6 +117,12 @@ class PixelSettings:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     limits: Limits = Limits()
+
+    @cached_property
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """(C, 1, 1) each: (x · rescale − mean) / std is x times the first, less the second."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return self.rescale / std, mean / std
 
     @staticmethod
     def of(image_processor: Any, channels: int) -> PixelSettings:
@@ -360,9 +367,7 @@ def media_pixels(
         raise FlamingoError(f"{len(views)} views of {len(frames)} media: expected one for each")
     shape = (settings.channels, settings.height, settings.width)
     pixels = torch.empty(len(frames), len(frames[0]) if frames else 1, *shape)
-    # (x · rescale − mean) / std, as one multiplication and one addition
-    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
-    scale, shift = settings.rescale / std, mean / std
+    scale, shift = settings.normalisation
 
     def together(image: tuple[int, View, Tensor]) -> object:
         """Small images of one size are resized at once; larger ones each alone, while they are in the cache."""
