@@ -274,8 +274,11 @@ def _finish(folder: Path, plan: Sequence[_Unit]) -> None:
     if not entries:
         shutil.rmtree(folder / JOURNAL)
         (folder / PLAN).unlink()
-        reasons = account.documents_dropped.most_common(5)
-        told = "; ".join(f"{count} × {reason}, as {account.examples[reason][0]}" for reason, count in reasons)
+        reasons = (account.documents_dropped + account.images_dropped).most_common(5)
+        told = "; ".join(
+            f"{count:,} × {reason}" + "".join(f", as {place}" for place in account.examples.get(reason, [])[:1])
+            for reason, count in reasons
+        )
         raise FlamingoError(f"{folder}: no document was kept of {account.documents_read} read ({told or 'no records'})")
     write_text(folder / ACCOUNT, json.dumps(account.as_dict(), indent=1, ensure_ascii=False) + "\n")
     write_index(folder, entries)
