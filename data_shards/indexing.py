@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from data_shards.faults import DUPLICATE_KEY, LINK, NOT_A_TAR, TRUNCATED, UNSAFE_NAME, Fault, SampleError
-from data_shards.members import is_unsafe, read_sample, split_name
+from data_shards.members import BLOCK, is_header, is_unsafe, read_sample, split_name
 from data_shards.report import Report
 from data_shards.shards import offsets_path, write_index
 from flamingo.errors import FlamingoError
@@ -33,7 +33,8 @@ APART = "members of a sample apart"
 TRAILING = "data after the end of the tar"
 OVERSIZED = "sample too large"
 
-BLOCK = tarfile.BLOCKSIZE
+NAMES = ("utf-8", "surrogateescape")
+"""encoding of names, and what becomes of bytes that are none"""
 EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -175,7 +176,7 @@ class _Headers:
         self.file, self.size = file, os.fstat(file.fileno()).st_size
         self.start = self.end = 0
         # Opened over an empty archive, because opening reads the first header.
-        self._tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)), encoding="utf-8", errors="surrogateescape")
+        self._tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)), encoding=NAMES[0], errors=NAMES[1])
         self._tar.fileobj = file
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
@@ -191,27 +192,25 @@ class _Headers:
             raise SampleError(TRUNCATED, f"no mark of the end at byte {self.start} of {self.size}")
         if block.count(0) == BLOCK:
             return None
-        try:
-            plain = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.TarError, ValueError) as error:
+        if not is_header(block):
             if self.start:
-                raise SampleError(TRUNCATED, f"no header at byte {self.start} of {self.size}: {error}") from None
-            raise SampleError(NOT_A_TAR, _looks_like(block)) from None
+                raise SampleError(TRUNCATED, f"no header at byte {self.start} of {self.size}")
+            raise SampleError(NOT_A_TAR, _looks_like(block))
         try:
-            if plain.type in EXTENSIONS and plain.size > LARGEST_EXTENSION:
-                raise ValueError(f"extension of {plain.size} bytes")
+            if block[156:157] in EXTENSIONS and tarfile.TarInfo.frombuf(block, *NAMES).size > LARGEST_EXTENSION:
+                raise ValueError("an extension of many bytes")
             self.file.seek(self.start)
             header = tarfile.TarInfo.fromtarfile(self._tar)
             self.end = self._tar.offset
             if header.size < 0 or self.end <= self.start:
                 raise ValueError(f"size {header.size}")
-        except (tarfile.TarError, ValueError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001  tarfile raises many kinds on forged headers
             raise SampleError(TRUNCATED, f"broken header at byte {self.start} of {self.size}: {error}") from None
         return header
 
     def check_data(self, header: tarfile.TarInfo) -> None:
         """The bytes of a member are all there, be it without the padding to a whole block."""
-        if header.isreg() and header.offset_data + header.size > self.size:
+        if header.offset_data + header.size > self.size if header.isreg() else self.end >= self.size + BLOCK:
             detail = f"{header.name} has {max(0, self.size - header.offset_data)} of {header.size} bytes"
             raise SampleError(TRUNCATED, detail)
 

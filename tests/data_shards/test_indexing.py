@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -209,6 +210,42 @@ def test_a_folder_without_tars_is_an_error(tmp_path: Path) -> None:
         index_folder(tmp_path / "nowhere")
     with pytest.raises(FlamingoError, match=r"expected \*\.tar files"):
         index_folder(tmp_path)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_is_no_tar(tmp_path: Path) -> None:
+    """Catches a wait without end for somebody to write into a pipe named like a shard."""
+    os.mkfifo(tmp_path / "a.tar")
+    assert faults(tmp_path / "a.tar") == [("", NOT_A_TAR)]
+
+
+def forged(kind: bytes = b"0", size: bytes = b"%011o\0" % 0, name: bytes = b"x.txt") -> bytes:
+    """A header with a right checksum, whatever it says."""
+    block = bytearray(name.ljust(124, b"\0") + size.ljust(12, b"\0") + bytes(12 + 8) + kind + bytes(100 + 255))
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "header",
+    {
+        "negative": forged(size=(-1024).to_bytes(12, "big", signed=True)),
+        "endless": forged(size=b"\x80" + bytes(3) + b"\x7f" + bytes(7)),
+        "endless of no kind": forged(b"Z", size=b"\x80" + bytes(3) + b"\x7f" + bytes(7)),
+        "nested": forged(b"L") * 5000,
+        "extension": forged(b"x", b"%011o\0" % (1 << 31)),
+        "lost pax": forged(b"x", b"%011o\0" % 512) + b"99999999999999999999 path=x\n".ljust(512, b"\0"),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_forged_headers_end_the_walk(tmp_path: Path, header: tuple[str, bytes]) -> None:
+    """Catches headers that lead backwards and so round and round, nest without end, or ask for memory that is not."""
+    path = write_tar(tmp_path / "x.tar", [*pair("a"), *pair("b")])
+    start = scan(path).spans[1].start
+    path.write_bytes(path.read_bytes()[:start] + header[1] + path.read_bytes()[start:])
+    assert faults(path)[-1][1] == TRUNCATED
+    assert [span.key for span in scan(path).spans] in ([], ["a"])
 
 
 @settings(max_examples=150, deadline=None)

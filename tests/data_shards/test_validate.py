@@ -141,6 +141,12 @@ def test_what_cannot_be_read_is_what_is_reported(tmp_path: Path) -> None:
     assert not_read == refused
 
 
+def test_a_link_beside_a_sample_spoils_it(tmp_path: Path) -> None:
+    """Catches a sample passed as sound though its bytes, as they are read by offsets, hold somebody else's link."""
+    write_tar(tmp_path / "0.tar", [*pair("a"), symlink("README", "/etc/hostname"), *pair("b")])
+    assert found(validate(tmp_path)) == {("0.tar", "", LINK), ("0.tar", "a", LINK)}
+
+
 def test_processes_find_the_same(tmp_path: Path) -> None:
     """Catches results that depend on which process looks at which shard."""
     plant(tmp_path)
