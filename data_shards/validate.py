@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_shards.faults import BAD_MATRIX, DUPLICATE_KEY, NOTHING_SUPERVISED, UNUSABLE, Fault
+from data_shards.faults import DUPLICATE_KEY, NOTHING_SUPERVISED, UNUSABLE, Fault
 from data_shards.indexing import Contents, SamplesForm, Span, detect, scan, tars, unreadable
 from data_shards.parallel import over_files
 from data_shards.report import Report
@@ -206,11 +205,7 @@ def _check_sample(
 ) -> Iterator[Fault]:
     """The faults of a sample whose members are sound; its images are counted."""
     try:
-        members = span.read(file)
-        if form == "mmc4" and (wrong := matrix_fault(members)):
-            yield Fault(shard, span.key, BAD_MATRIX, wrong)
-            return
-        document = SAMPLE_FORMATS[form](span.key, members)
+        document = SAMPLE_FORMATS[form](span.key, span.read(file))
         yield from (Fault(shard, span.key, *found) for found in _check_text(document))
     except FlamingoError as error:
         yield Fault.of(error, span.key, shard)
@@ -250,30 +245,6 @@ def images(document: Document) -> Iterator[Image]:
     """The images of a document, the frames of its videos among them."""
     for medium in document.media:
         yield from medium.frames if isinstance(medium, Video) else (medium,)
-
-
-def matrix_fault(members: Mapping[str, bytes]) -> str:
-    """What is wrong with the similarity matrix of an MMC4 document; "" where it is images × sentences of numbers.
-
-    A document without one, and what is no document at all, are not its concern.
-    """
-    try:
-        record = json.loads(members["json"])
-        matrix, shape = record["similarity_matrix"], (len(record["image_info"]), len(record["text_list"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    if matrix is None:
-        return ""
-    if not isinstance(matrix, list) or not all(isinstance(row, list) for row in matrix):
-        return "similarity_matrix: expected a list of rows"
-    if len(matrix) != shape[0] or any(len(row) != shape[1] for row in matrix):
-        found = f"{len(matrix)} rows of {sorted({len(row) for row in matrix})[:5]}"
-        return f"similarity_matrix: expected {shape[0]} images × {shape[1]} sentences, got {found}"
-    for number, row in enumerate(matrix):
-        for value in row:
-            if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
-                return f"similarity_matrix: row {number} holds {str(value)[:20]}"
-    return ""
 
 
 # -- the whole set -----------------------------------------------------------------------------------------------------

@@ -190,8 +190,6 @@ def test_similarity_matrices_are_checked(tmp_path: Path) -> None:
     report = validate(tmp_path)
     bad = ("nan", "infinite", "row", "column", "ragged", "flat", "words")
     assert found(report) == {("0.tar", key, BAD_MATRIX) for key in bad}
-    details = {fault.key: fault.detail for fault in report.faults}
-    assert details["row"] == "similarity_matrix: expected 2 images × 2 sentences, got 1 rows of [2]"
 
 
 def damage_index(folder: Path, change: str) -> None:
