@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import BatchFeature
 
 from data_shards.faults import BAD_JSON, MISSING_IMAGE, Fault
 from data_shards.shards import write_shards
 from flamingo import FlamingoError
+from flamingo.processing import IGNORED
 from tests.tiny import document, save_backbones
 from train import faults, loop
 from train.faults import FAULTS_FILE, Faults
@@ -168,6 +170,14 @@ def test_packed_rows_train_as_unpacked_ones(folder: Path) -> None:
         pretrain(recipe_of(folder, out, packing=packing, max_tokens=80, workers=int(packing)), Processes())
         losses.append([row["loss"] for row in rows_of(out / "metrics.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_tokens_that_begin_a_packed_document_are_not_foretold() -> None:
+    """Catches a count of tokens that holds more than the model's loss does, so that packed rows weigh less."""
+    labels = torch.tensor([[5, 6, 7, 8, IGNORED], [IGNORED, 6, 7, 8, 9]])
+    documents = torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 2, 3]])
+    assert loop.supervised_tokens(BatchFeature({"labels": labels})).tolist() == [3, 4]
+    assert loop.supervised_tokens(BatchFeature({"labels": labels, "documents": documents})).tolist() == [2, 2]
 
 
 def test_remote_shards_train_as_those_here(folder: Path, whole: Path) -> None:
