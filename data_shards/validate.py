@@ -17,6 +17,7 @@ from data_shards.indexing import Contents, SamplesForm, Span, detect, scan, tars
 from data_shards.parallel import over_files
 from data_shards.report import Report
 from data_shards.shards import INDEX, SAMPLE_FORMATS, offsets_path
+from data_shards.sources.reading import EMPTY
 from flamingo.document import Document, Image, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256
@@ -29,7 +30,6 @@ STALE_INDEX = "index of another shard"
 WRONG_CHECKSUM = "wrong checksum"
 MISSING_SHARD = "missing shard"
 UNLISTED_SHARD = "shard not in the index"
-EMPTY_DOCUMENT = "empty document"
 IMAGE_MARK = "image mark in a text"
 CRASHED = "reading it ended the process"
 
@@ -228,7 +228,7 @@ def _check_text(document: Document) -> Iterator[tuple[str, str]]:
     """(reason, detail) of a document from which nothing can be learned."""
     texts = _texts(document)
     if not texts and not document.media:
-        yield EMPTY_DOCUMENT, f"{len(document.segments)} segments"
+        yield EMPTY, f"{len(document.segments)} segments"
         return
     marks = sum(text.text.count(IMAGE_TOKEN) for text in texts)
     if marks:
