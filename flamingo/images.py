@@ -220,10 +220,8 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
     place, frame, orientation = 2, None, 1
     try:
         while True:
-            while data[place] == 0xFF and data[place + 1] == 0xFF:  # markers may be padded
-                place += 1
             start, marker = struct.unpack_from("BB", data, place)
-            if start != 0xFF:
+            if start != 0xFF or marker == 0xFF:  # bytes between two markers
                 return None
             if marker == 0xDA:  # the first scan
                 return frame and _JpegHeader(*frame, orientation)

@@ -174,14 +174,14 @@ def test_every_window_of_a_long_text_is_drawn_equally_often(processor: FlamingoP
 
 
 def test_windows_of_open_flamingo_have_their_medium(processor: FlamingoProcessor) -> None:
-    """Catches loss on text whose medium was cut off, and windows in which no text has one."""
+    """Catches loss on text whose medium was cut off, windows in which no text has one, and another window's medium."""
     document = Document((A, Text("a" * 30), B, Text("b" * 30)))
-    drawn = {
-        shown(Sequences(processor, 12, rules="open_flamingo")(document, generator(n)), processor) for n in range(300)
-    }
-    assert {window for window in drawn if "[<s>#]" in window} == {"[<s>#]" + "a" * 10, "[<s>#]" + "b" * 10}
-    assert "[<s>aaaaaaaa|#]b" in drawn and "[<s>aa|#]bbbbbbb" in drawn
-    assert all("#]a" in window or "#]b" in window for window in drawn) and len(drawn) == 11
+    make = Sequences(processor, 12, rules="open_flamingo")
+    windows = {shown(each, processor): each.media for each in (make(document, generator(n)) for n in range(300))}
+    assert {window for window in windows if "[<s>#]" in window} == {"[<s>#]" + "a" * 10, "[<s>#]" + "b" * 10}
+    assert "[<s>aaaaaaaa|#]b" in windows and "[<s>aa|#]bbbbbbb" in windows and len(windows) == 11
+    assert all(media == ((A,) if "#]a" in window else (B,)) for window, media in windows.items())
+    assert all("#]a" in window or "#]b" in window for window in windows)
     flamingo = {shown(Sequences(processor, 12)(document, generator(n)), processor) for n in range(300)}
     assert "[<s>]" + "a" * 11 in flamingo and "[<s>]aaaaaaaa|[#]b" in flamingo and len(flamingo) == 17
 

@@ -288,6 +288,9 @@ def test_limits_can_be_moved() -> None:
     for limits in (Limits(file_bytes=len(data) - 1), Limits(pixels=34)):
         with pytest.raises(ImageError):
             decode(Image(data), 3, limits)
+    assert decode(Image(BASE), 3, Limits(pixels=32 * 48)).shape == (3, 32, 48)
+    with pytest.raises(ImageError, match="at most 1,535 pixels, got 48 × 32"):
+        decode(Image(BASE), 3, Limits(pixels=32 * 48 - 1))
     with pytest.raises(ImageError, match=r"whole image file \(PNG: "):  # now its missing pixels are what is wrong
         decode(Image(png(50_000, 1_000_000, 1, 0)[:60]), 3, Limits(pixels=10**12))
 

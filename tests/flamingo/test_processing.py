@@ -110,6 +110,13 @@ def test_every_form_of_an_image_gives_the_same_pixels(processor: FlamingoProcess
     pixels = [processor(text="<image>", images=[form])["pixel_values"] for form in forms]
     assert all(torch.equal(each, pixels[0]) for each in pixels)
     assert processor(text="<image>", images=photograph.convert("CMYK"))["pixel_values"].shape == (1, 1, 3, 16, 16)
+    deep = PilImage.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)
+    clear = photograph.convert("RGBA")
+    clear.putalpha(100)
+    for given in (deep, clear):
+        given.save(tmp_path / "x.png")
+        from_file, from_pil = (processor(text="<image>", images=[each]) for each in (tmp_path / "x.png", given))
+        assert torch.equal(from_file["pixel_values"], from_pil["pixel_values"])
 
 
 def test_videos_fill_their_own_marks_in_the_order_of_the_text(processor: FlamingoProcessor) -> None:
