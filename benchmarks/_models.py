@@ -8,6 +8,7 @@ Legend: B samples, T text tokens, N media, R latents.
 from __future__ import annotations
 
 import argparse
+import atexit
 import multiprocessing
 import sys
 import time
@@ -380,8 +381,10 @@ class Worker:
     def __init__(self, kind: type, **options: Any):
         context = multiprocessing.get_context("spawn")  # fork would hand our memory down
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, kind, options), daemon=True)
+        # No daemon, since those may not have loaders; it ends with our end of the pipe, whatever happens to us.
+        self.process = context.Process(target=_serve, args=(theirs, kind, options), daemon=False)
         self.process.start()
+        atexit.register(self.pipe.close)
         theirs.close()
         self._answer()
 

@@ -25,8 +25,9 @@ class Reader(Protocol):
     yields depends on nothing but the part.
     """
 
-    name: str
-    """becomes `Document.source`"""
+    @property
+    def name(self) -> str:
+        """Becomes `Document.source`."""
 
     def parts(self) -> Sequence[str]:
         """The source's files, in a fixed order; each can be read alone."""
