@@ -322,6 +322,17 @@ def test_media_are_decoded_sized_and_normalised_in_their_order(settings: PixelSe
         assert np.abs(pixels[0].permute(1, 2, 0).numpy() - expected).max() < 1.5 / 255 / 0.2
 
 
+def test_images_together_are_as_each_alone() -> None:
+    """Catches images of one batch that get the size or the view of their neighbours."""
+    arrays = (RGB, RGB, RGB, RGB[:, :5], RGB[:, :5], COLOURS, COLOURS, RGB)
+    media = [Image(save(array, "PNG")) for array in arrays]
+    views = [None, None, View(flip=True), View(flip=True), View(crop=Crop(0.5, 1, 0, 0)), None, View(flip=True), None]
+    together = media_pixels(media, SETTINGS, views)
+    alone = [media_pixels([medium], SETTINGS, [view]) for medium, view in zip(media, views, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together[0], together[1]) and not torch.equal(together[1], together[2])
+
+
 @pytest.mark.parametrize("upright", [True, False])
 def test_the_longest_images_stay_small(upright: bool) -> None:
     """Catches a line of pixels that is scaled by its width and becomes thousands of times larger than it was."""
