@@ -90,8 +90,9 @@ def validate(
     present = {path.name for path in paths}
     report.add(Fault(name, "", MISSING_SHARD, f"{INDEX} lists it") for name in index.entries if name not in present)
     settings = processor.pixel_settings if processor else None
-    check = partial(_check_shard, form=form, settings=settings, entries=index.entries)
-    results = over_files(check, paths, processes=processes, title="validating")
+    check = partial(_check_shard, form=form, settings=settings, indexed=bool(index.entries))
+    entries = [index.entries.get(path.name) for path in paths]
+    results = over_files(check, paths, entries, processes=processes, title="validating")
     keys, faulty, faulty_shards = [], [], []
     for path, result in zip(paths, results, strict=True):
         checked = result or _Checked([Fault(path.name, "", CRASHED)])
@@ -176,16 +177,17 @@ def _check_index(path: Path, contents: Contents, entry: Mapping[str, Any]) -> It
 
 
 def _check_shard(
-    path: Path, *, form: str, settings: PixelSettings | None, entries: Mapping[str, Mapping[str, Any]]
+    path: Path, entry: Mapping[str, Any] | None, *, form: str, settings: PixelSettings | None, indexed: bool
 ) -> _Checked:
+    """Everything about one shard; `entry` is the index's, `indexed` says whether there is an index."""
     try:
         contents = scan(path)
         checked = _Checked(contents.faults, other_members=contents.other_members)
         checked.keys = np.array([_hash(span.key) for span in contents.spans], np.uint64)
         checked.faulty = np.array([span.faulty for span in contents.spans], bool)
-        if path.name in entries:
-            checked.faults += _check_index(path, contents, entries[path.name])
-        elif entries:
+        if entry is not None:
+            checked.faults += _check_index(path, contents, entry)
+        elif indexed:
             checked.faults.append(Fault(path.name, "", UNLISTED_SHARD))
         if not contents.spans:
             return checked
