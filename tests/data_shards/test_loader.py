@@ -77,6 +77,20 @@ def test_resuming_anywhere_continues_identically(data: MicroBatches, start: int,
     assert keys(data, world, 0, start=start, steps=1) == [[key for each in expected for key in each]]
 
 
+def test_what_is_drawn_belongs_to_the_position(data: MicroBatches, processor: FlamingoProcessor) -> None:
+    """Catches augmentation by a sample's own number, which would be the same in every run of a mixture."""
+    sequences = Sequences(processor, max_tokens=40, max_media=1, leading_space=0.5, flip=0.5)
+    drawn = MicroBatches(data.sources, sequences, micro_batch=1, seed=7)
+    for position in range(40):
+        source, within = drawn.mixture(position)
+        place = drawn.orders[source](within)
+        document = drawn.sources[source].shards.shards[place.shard].read(place.index)
+        expected = sequences.collate([sequences(document, np.random.default_rng([7, position]))])
+        found = drawn[position]
+        assert found["keys"] == [document.key]
+        assert all(torch.equal(found[name], expected[name]) for name in ("input_ids", "labels", "pixel_values"))
+
+
 def test_counts_of_a_source_and_its_epochs(data: MicroBatches) -> None:
     """Catches a source whose epochs are counted by the samples of the mixture, or while it is silent."""
     drawn = [source for number in range(40) for source in data[number]["sources"].tolist()]

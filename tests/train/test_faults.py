@@ -113,6 +113,7 @@ def test_counts_go_on_after_a_restart(folder: Path, whole: Path, monkeypatch: py
         pretrain(recipe_of(folder, out, flip=0.5), Processes())
 
 
+@pytest.mark.timeout(60)
 def test_too_many_faults_stop_all_processes_at_one_step(folder: Path, tmp_path: Path) -> None:
     """Catches one process that stops while the others wait for it, and a message without reasons and places."""
     context = multiprocessing.get_context("fork")
