@@ -230,7 +230,7 @@ def forged(kind: bytes = b"0", size: bytes = b"%011o\0" % 0, name: bytes = b"x.t
 @pytest.mark.parametrize(
     "header",
     {
-        "negative": forged(size=(-1024).to_bytes(12, "big", signed=True)),
+        "negative": forged(size=(-512).to_bytes(12, "big", signed=True)),
         "endless": forged(size=b"\x80" + bytes(3) + b"\x7f" + bytes(7)),
         "endless of no kind": forged(b"Z", size=b"\x80" + bytes(3) + b"\x7f" + bytes(7)),
         "nested": forged(b"L") * 5000,
