@@ -278,7 +278,7 @@ def _decode_with_pillow(data: bytes, name: str, channels: int, limits: Limits) -
         pixels = np.array(plain(picture, "L" if channels == 1 else "RGB"))
     except (ImageError, MemoryError):
         raise
-    except PilImage.DecompressionBombError as error:  # a frame of an animation that is larger than its picture
+    except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:  # a frame of an animation
         raise ImageError(TOO_LARGE, f"{name}: {error}") from error
     except Exception as error:  # Pillow raises many kinds
         raise ImageError(NO_IMAGE, f"{name}: expected a whole image file ({kind}: {error})") from error
