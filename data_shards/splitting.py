@@ -37,7 +37,7 @@ def estimated_tokens(text: str) -> int:
     """Tokens of a text without its tokenizer, on the long side: one for every five letters of a word, one for every
     digit, sign and further space, and more for characters of several bytes.
     """
-    return sum(1 for _ in _TOKEN.finditer(text)) + (len(text.encode(errors="replace")) - len(text)) // 2
+    return len(_TOKEN.findall(text)) + (len(text.encode(errors="replace")) - len(text)) // 2
 
 
 def token_counter(tokenizer: str | None) -> Callable[[str], int]:
@@ -203,16 +203,23 @@ class _Pieces:
         return _Chunk(chunk.media, (*before, head) if cut else before), _Chunk((), (tail, *after))
 
     def _ends(self, text: str, budget: int) -> Iterator[int]:
-        """Where a text may be cut: behind its sentences; behind the words, or characters, of what is too long."""
+        """Where a text may be cut: behind its sentences; behind the words, or characters, of what is too long.
+
+        Not much further than the budget reaches.
+        """
+        used = 0
         for start, end in _spans(_SENTENCE_END, text, 0, len(text)):
-            if self.count(text[start:end]) <= budget:
+            size = self.count(text[start:end])
+            if size <= budget:
                 yield end
-                continue
-            for begin, stop in _spans(_WORD_END, text, start, end):
-                if self.count(text[begin:stop]) <= budget:
-                    yield stop
-                else:
-                    yield from range(begin + 1, stop + 1)
+                used += size
+            else:
+                for begin, stop in _spans(_WORD_END, text, start, end):
+                    size = self.count(text[begin:stop])
+                    yield from (stop,) if size <= budget else range(begin + 1, stop + 1)
+                    used += size
+            if used > 2 * budget:
+                return
 
 
 def _spans(ends: re.Pattern[str], text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
