@@ -234,7 +234,7 @@ def forged(kind: bytes = b"0", size: bytes = b"%011o\0" % 0, name: bytes = b"x.t
         "endless": forged(size=b"\x80" + bytes(3) + b"\x7f" + bytes(7)),
         "endless of no kind": forged(b"Z", size=b"\x80" + bytes(3) + b"\x7f" + bytes(7)),
         "nested": forged(b"L") * 5000,
-        "extension": forged(b"x", b"%011o\0" % (1 << 31)),
+        "extension": forged(b"x", b"%011o\0" % (2 << 20)) + bytes(2 << 20),
         "lost pax": forged(b"x", b"%011o\0" % 512) + b"99999999999999999999 path=x\n".ljust(512, b"\0"),
     }.items(),
     ids=lambda case: case[0],
