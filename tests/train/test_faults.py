@@ -56,7 +56,7 @@ def recipe_of(folder: Path, out: Path, **data: Any) -> Recipe:
         ),
         data=DataRecipe(sources, **{"workers": 0, "max_fault_share": 0.5, **data}),
         optimizer=OptimizerRecipe(warmup_steps=2),
-        tracking=TrackingRecipe("disabled", log_every=2),
+        tracking=TrackingRecipe("disabled", log_every=1),
     )  # fmt: skip
 
 
@@ -103,6 +103,7 @@ def test_counts_go_on_after_a_restart(folder: Path, whole: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         pretrain(recipe_of(folder, out), Processes())
     monkeypatch.undo()
+    assert max(row["step"] for row in rows_of(out / FAULTS_FILE)) > 3, "after the checkpoint"
     pretrain(recipe_of(folder, out), Processes())
     assert rows_of(out / FAULTS_FILE) == rows_of(whole / FAULTS_FILE)
     ends = [
