@@ -234,8 +234,8 @@ def write_index(folder: str | Path, entries: Iterable[dict[str, Any]], *, sample
 
     Args:
         folder: of the shards.
-        entries: of each shard its `file` name, number of `samples`, `bytes` and `sha256`; where an earlier sample of the
-            shard has a sample's key, its number among `repeated`.
+        entries: of each shard its `file` name, number of `samples`, `bytes` and `sha256`; `repeated` lists the samples
+            whose key an earlier one of the shard has, if there are any.
         samples: the form of a sample's members, a name of `SAMPLE_FORMATS`.
     """
     listed = sorted(entries, key=lambda entry: entry["file"])
