@@ -20,12 +20,13 @@ import argparse
 import base64
 import io
 import json
+import multiprocessing
 import random
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from webdataset.tariterators import tar_file_expander
 
 from data_shards.convert import Options, convert
 from data_shards.indexing import index_folder
@@ -153,7 +155,7 @@ class Ours:
     """`rank_batches` with one worker."""
 
     def __init__(self, folder: Path, documents: int):
-        torch.set_num_threads(1)
+        _one_core()
         size = {"shortest_edge": SIDE}
         image_processor = CLIPImageProcessorPil(size=size, crop_size={"height": SIDE, "width": SIDE})
         processor = FlamingoProcessor(image_processor, tokenizer(folder / "tars"))
@@ -190,7 +192,7 @@ class OpenFlamingo:
     """Its own pipeline with one worker."""
 
     def __init__(self, folder: Path, documents: int):
-        torch.set_num_threads(1)
+        _one_core()
         spec = find_spec("open_flamingo")
         assert spec is not None and spec.origin is not None
         sys.path.insert(0, str(Path(spec.origin).parent / "train"))  # it imports its neighbour by its bare name
@@ -198,6 +200,13 @@ class OpenFlamingo:
         torchvision.transforms = SimpleNamespace(RandomHorizontalFlip=_Flip)  # type: ignore[attr-defined]
         sys.modules["torchvision"] = torchvision
         import data as theirs  # type: ignore[import-not-found]
+        import data_utils  # type: ignore[import-not-found]
+
+        def files_alone(*args: Any, **options: Any) -> Iterator[dict[str, Any]]:
+            """Without the marks that webdataset 1.0 puts between shards, which end theirs with a KeyError."""
+            return (member for member in tar_file_expander(*args, **options) if "fname" in member)
+
+        data_utils.tar_file_expander = files_alone
 
         args = SimpleNamespace(
             mmc4_shards=str(folder / "tars" / "{00000..00007}.tar"),
@@ -219,6 +228,12 @@ class OpenFlamingo:
         for pixels, _ in self.loader:
             images += int((pixels != 0).flatten(2).any(dim=2).sum())
         return images / (time.perf_counter() - start)
+
+
+def _one_core() -> None:
+    """One thread; and loaders that fork, as they do in a run, though this process was spawned."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)
 
 
 class _TheirTokenizer:
