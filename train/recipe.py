@@ -147,6 +147,35 @@ class TrackingRecipe:
 
 
 @dataclass
+class EvaluationRecipe:
+    """Few-shot scores and generations while training (`train.evaluations`)."""
+
+    every: int = 0
+    """steps between two evaluations, and one at the last step; 0: none"""
+    tasks: list[str] = field(default_factory=lambda: ["glyphs_5way"])
+    """names of tasks of `icl_eval`, or paths of their YAML files"""
+    shots: list[int] = field(default_factory=lambda: [0, 1, 4])
+    """demonstrations per class, each a point of the curve; a task that knows 0 shots only keeps to it"""
+    queries: int = 200
+    """queries of each point, shared among the processes"""
+    generations: int = 4
+    """queries of each task that the model also answers in its own words, for the table of generations"""
+    batch: int = 32
+    """queries that are evaluated at once; scores do not depend on it"""
+    split: str = "validation"
+    """held-out split to use instead of each task's own, so that choices while training never touch the test classes"""
+
+    def check(self) -> None:
+        """Raise FlamingoError for numbers that cannot be, naming the field."""
+        least = {"every": 0, "queries": 1, "generations": 0, "batch": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise FlamingoError(f"evaluation.{name}={getattr(self, name)}: expected {number} or more")
+        if self.every and not (self.tasks and self.shots):
+            raise FlamingoError("evaluation.every: expected at least one of evaluation.tasks and evaluation.shots")
+
+
+@dataclass
 class Recipe:
     """One pretraining run."""
 
@@ -170,6 +199,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
     def place(self, template: str) -> str:
         """A path or URL of the recipe, with `{out}` filled in."""
@@ -204,6 +234,7 @@ class Recipe:
             )
         if not self.data.sources:
             raise FlamingoError("data.sources: expected at least one source")
+        self.evaluation.check()
 
 
 EMBEDDED = "package:train/recipes/embedded.yaml"
