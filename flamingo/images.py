@@ -11,7 +11,6 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -118,11 +117,10 @@ class PixelSettings:
     std: tuple[float, ...]
     limits: Limits = Limits()
 
-    @cached_property
-    def normalisation(self) -> tuple[Tensor, Tensor]:
-        """(C, 1, 1) each: (x · rescale − mean) / std is x times the first, less the second."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return self.rescale / std, mean / std
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(…, C, H, W) uint8 → float32, (x · rescale − mean) / std, on the device where they are."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return pixels.float().mul_(self.rescale / std).sub_(mean / std)
 
     @staticmethod
     def of(image_processor: Any, channels: int) -> PixelSettings:
@@ -346,7 +344,7 @@ def _without_ends(pixels: Tensor, longest: int) -> Tensor:
 def media_pixels(
     media: Sequence[Medium], settings: PixelSettings, views: Sequence[View | None] | None = None
 ) -> Tensor:
-    """Images and videos → (N, F, C, H, W) float32, normalised; N may be 0.
+    """Images and videos → (N, F, C, H, W) uint8, for `PixelSettings.normalise`; N may be 0.
 
     Args:
         views: of each medium, the same for all frames of a video; None: as the image processor shows it.
@@ -364,8 +362,7 @@ def media_pixels(
     if len(views) != len(frames):
         raise FlamingoError(f"{len(views)} views of {len(frames)} media: expected one for each")
     shape = (settings.channels, settings.height, settings.width)
-    pixels = torch.empty(len(frames), len(frames[0]) if frames else 1, *shape)
-    scale, shift = settings.normalisation
+    pixels = torch.empty(len(frames), len(frames[0]) if frames else 1, *shape, dtype=torch.uint8)
 
     def together(image: tuple[int, View, Tensor]) -> object:
         """Small images of one size are resized at once; larger ones each alone, while they are in the cache."""
@@ -377,5 +374,5 @@ def media_pixels(
     for _, group in groupby(images, together):
         places, (view, *_), decoded = zip(*group, strict=True)
         small = resize(torch.stack(decoded) if len(decoded) > 1 else decoded[0][None], settings, view)
-        pixels.flatten(0, 1)[places[0] : places[-1] + 1].copy_(small).mul_(scale).sub_(shift)
+        pixels.flatten(0, 1)[places[0] : places[-1] + 1] = small
     return pixels

@@ -314,6 +314,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise FlamingoError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (media, frames, channels, height, width)"
             )
+        if not pixel_values.is_floating_point():
+            raise FlamingoError(f"pixel_values of {pixel_values.dtype}: expected normalised ones, in floating point")
         media, frames = pixel_values.shape[:2]
         tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
         dtype = self.resampler.latents.dtype

@@ -221,17 +221,21 @@ class FlamingoProcessor(ProcessorMixin):
             input_ids, labels = [*input_ids, end], [*labels, end if supervised else IGNORED]
         return Encoding(input_ids, labels, media, text)
 
-    def pixels(self, media: Sequence[Medium], views: Sequence[View | None] | None = None) -> Tensor:
+    def pixels(
+        self, media: Sequence[Medium], views: Sequence[View | None] | None = None, *, normalised: bool = True
+    ) -> Tensor:
         """Decode media → (N, F, C, H, W) float32, as the vision tower wants them; N may be 0.
 
         Args:
             views: of each medium, where it is to be flipped or cropped.
+            normalised: False: uint8, a quarter as much to send, for `pixel_settings.normalise` elsewhere.
 
         Raises:
             ImageError: where one is no image file, or too large for `pixel_settings.limits`; it names it.
             FlamingoError: where they differ in their numbers of frames.
         """
-        return media_pixels(media, self.pixel_settings, views)
+        pixels = media_pixels(media, self.pixel_settings, views)
+        return self.pixel_settings.normalise(pixels) if normalised else pixels
 
     def collate(
         self,
@@ -329,7 +333,7 @@ class FlamingoProcessor(ProcessorMixin):
         if len({each.shape[1:] for each in some}) > 1:
             frames = sorted({each.shape[1] for each in some})
             raise FlamingoError(f"media of {frames} frames in one batch: expected one number")
-        return torch.cat(some) if some else self.pixels(())
+        return torch.cat(some or [*pixels])
 
     def __call__(
         self,

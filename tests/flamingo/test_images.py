@@ -311,7 +311,7 @@ def test_media_are_decoded_sized_and_normalised_in_their_order(settings: PixelSe
     """Catches media in another order, a wrong crop, wrong channels of mean and deviation."""
     arrays = [np.roll(COLOURS, n, 1)[:, : 48 - 8 * n] for n in range(4)]
     media = [Image(save(np.ascontiguousarray(array), "PNG")) for array in arrays]
-    for array, pixels in zip(arrays, media_pixels(media, settings), strict=True):
+    for array, pixels in zip(arrays, settings.normalise(media_pixels(media, settings)), strict=True):
         picture = PilImage.fromarray(np.ascontiguousarray(array))
         if settings is CROPPING:
             longer = [int(edge * 16 / min(picture.size)) for edge in picture.size]
