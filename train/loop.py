@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,20 @@ from train.recipe import Recipe
 from train.tracking import Tracker
 
 
+class Preemption(Protocol):
+    """Who knows that this machine is wanted back (`train.preemption`)."""
+
+    def requested(self) -> bool:
+        """Whether the run is to save and end after this step; all processes ask, and get the same answer."""
+
+
+class Evaluations(Protocol):
+    """What is measured while training (`train.evaluations`)."""
+
+    def run(self, step: int) -> None:
+        """Measure the model after `step`; all processes call this."""
+
+
 def run(
     recipe: Recipe,
     state: TrainingState,
@@ -32,8 +47,18 @@ def run(
     tracker: Tracker,
     progress: Progress,
     processes: Processes,
+    *,
+    preemption: Preemption | None = None,
+    evaluations: Evaluations | None = None,
 ) -> None:
-    """Train from `state.step` to the last step. `model` is `state.model`, replicated; `batches` are this rank's."""
+    """Train from `state.step` to the last step, or until the machine is wanted back.
+
+    Args:
+        model: `state.model` as `parallel.prepare` returned it.
+        batches: this rank's.
+        preemption: where it asks for the end, the state is saved and this returns before the last step.
+        evaluations: run every `recipe.evaluation.every` steps.
+    """
     accumulation = recipe.batch // (recipe.micro_batch * processes.world)
     weights = torch.tensor([source.loss_weight for source in recipe.data.sources.values()])
     meter = Meter(processes, tuple(recipe.data.sources))
@@ -45,13 +70,19 @@ def run(
         norm = update_parameters(state, recipe.optimizer.clip)
         state.step, samples = step, step * recipe.batch
         progress.update(step, meter.loss, rates["plain"], meter.rates())
+        ends = preemption is not None and preemption.requested()
         logs, saves = (due(step, every, recipe.steps) for every in (recipe.tracking.log_every, recipe.save_every))
+        saves |= ends
         if logs or saves:
             state.faults.settle(data.used(samples))
         if logs:
             tracker.log(step, meter.report(state, norm, rates, samples, data.epochs(samples)))
+        if evaluations is not None and recipe.evaluation.every and due(step, recipe.evaluation.every, recipe.steps):
+            evaluations.run(step)
         if saves:
             checkpoints.save(state)
+        if ends:
+            return
 
 
 def due(step: int, every: int, last: int) -> bool:

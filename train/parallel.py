@@ -33,6 +33,14 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all of them ask, and get the same answer."""
+        if self.world == 1:
+            return flag
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return bool(raised)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:

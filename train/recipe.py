@@ -135,6 +135,34 @@ class OptimizerRecipe:
 
 
 @dataclass
+class ParallelRecipe:
+    """How the processes of a run share the work (`train.parallel`); losses do not depend on it but for rounding."""
+
+    kind: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process holds the whole model; fsdp: parameters, gradients and optimizer are shared out (FSDP2)"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of matrix products; parameters that train, their gradients and the optimizer are float32 in either case"""
+    frozen_in_bfloat16: bool = False
+    """store frozen backbones in bfloat16: half the memory"""
+    activation_checkpointing: bool = False
+    """compute decoder layers and gated blocks again in the backward pass: less memory, about a third more time"""
+    cpu_offload: bool = False
+    """keep what fsdp shares out in the memory of the CPU between uses, and step there"""
+    compile: bool = False
+    """torch.compile the forward pass; not with fsdp"""
+    timeout: float = 600.0
+    """seconds after which a process that no longer answers ends the job"""
+
+    def check(self) -> None:
+        """Raise FlamingoError for what does not go together, naming the field."""
+        if self.timeout <= 0:
+            raise FlamingoError(f"parallel.timeout={self.timeout}: expected a positive number of seconds")
+        for name, kind in (("cpu_offload", "fsdp"), ("compile", "ddp")):
+            if getattr(self, name) and self.kind != kind:
+                raise FlamingoError(f"parallel.{name}=true: expected parallel.kind={kind}, got {self.kind}")
+
+
+@dataclass
 class TrackingRecipe:
     """Weights & Biases."""
 
@@ -193,11 +221,14 @@ class Recipe:
     """steps between two checkpoints"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay"""
+    non_finite_limit: int = 10
+    """steps in a row whose loss or gradient is not finite, after which the run stops; each such step is skipped"""
     resume_anyway: bool = False
     """resume although data or recipe differ from the checkpoint's"""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
@@ -217,6 +248,8 @@ class Recipe:
         """Raise FlamingoError for numbers that cannot be, naming the field, before anything takes time."""
         positive = {name: getattr(self, name) for name in ("steps", "batch", "micro_batch", "save_every")}
         positive["keep_checkpoints"] = self.keep_checkpoints
+        positive["non_finite_limit"] = self.non_finite_limit
+        self.parallel.check()
         positive["tracking.log_every"] = self.tracking.log_every
         positive |= {"data.max_tokens": self.data.max_tokens, "data.max_media": self.data.max_media}
         for name, number in positive.items():
