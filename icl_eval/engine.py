@@ -29,6 +29,7 @@ from flamingo.errors import FlamingoError
 from flamingo.media import MediaMemory
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
+from flamingo.products import fast_products
 from icl_eval.sources import Pool
 
 ENCODED_AT_ONCE = 256  # images of one pass through the vision tower
@@ -259,6 +260,7 @@ class Engine:
     # -- ranking -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    @fast_products()
     def rank(
         self,
         pool: Pool,
