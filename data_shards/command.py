@@ -76,7 +76,7 @@ class ValidateOptions:
     samples: Literal["documents", "mmc4", "pairs"] | None = None
     """form of the samples; default: as the index says, or told from the first samples"""
     model: str | None = None
-    """folder of a saved Flamingo or of its processor, whose tokenizer says whether a token is supervised"""
+    """folder of a saved Flamingo or of its processor, for the channels and the limits of its images"""
     processes: int | None = None
     """processes that work; default: one for each core, where there are enough data"""
 
@@ -199,7 +199,7 @@ def urls(words: Sequence[str]) -> None:
 def write_urls(found: Iterator[tuple[str, str]], path: Path) -> tuple[int, int]:
     """Write each distinct URL once, with the first name that it has: how many there were, and how many were written.
 
-    Of each URL 16 bytes are held, to know it again.
+    Of each URL some 100 bytes are held, to know it again.
 
     Raises:
         FlamingoError: where the file is no .parquet, or there are no URLs.

@@ -33,12 +33,10 @@ from einops import rearrange
 from PIL import Image as PilImage
 
 from data_shards.account import Account
-from data_shards.faults import NO_IMAGE
+from data_shards.faults import IMAGE_MARK, NO_IMAGES, NO_TEXT, UNREADABLE, Fault
 from data_shards.shards import INDEX, ShardWriter, write_index
 from data_shards.sources import Reader, Record
-from data_shards.sources.reading import NO_IMAGES
 from data_shards.splitting import check_limits, split, token_counter
-from data_shards.validate import IMAGE_MARK, images
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import write_text
@@ -47,9 +45,6 @@ from flamingo.processing import IMAGE_TOKEN
 
 PLAN, ACCOUNT, JOURNAL = "conversion.json", "account.json", ".conversion"
 FORMAT = 1
-NO_TEXT = "no text beside it"
-"""Images alone, as a whole document or as a piece of one, teach nothing: no token would count in the loss."""
-UNREADABLE = "unreadable file"
 UNIT_BYTES = 1 << 20
 """Smaller files are taken together, larger ones in stripes where there are few. Images outside come to much more."""
 STRIPES = 16
@@ -400,8 +395,8 @@ def _keep(
 ) -> list[Document]:
     """The documents that are wanted; the images of the others, and a record of which nothing is left, are dropped."""
     kept = [document for document in documents if wanted(document)]
-    lost = {id(image) for document in documents for image in images(document)}
-    lost -= {id(image) for document in kept for image in images(document)}
+    lost = {id(image) for document in documents for image in document.images}
+    lost -= {id(image) for document in kept for image in document.images}
     _drop_kept_images(place, reason, len(lost), account)
     if documents and not kept:
         account.documents_kept -= 1
@@ -432,14 +427,14 @@ def _has_text(document: Document) -> bool:
 def _with_good_images(documents: list[Document], options: Options, place: str, account: Account) -> list[Document]:
     """Documents with images of bounded size, without those that cannot be decoded; one that loses all is dropped."""
     good: dict[int, Image | None] = {}  # several documents of a record may share an image
-    for image in (image for document in documents for image in images(document)):
+    for image in (image for document in documents for image in document.images):
         if id(image) in good:
             continue
         try:
             good[id(image)] = bounded_image(image, options.max_edge, options.quality)
         except FlamingoError as error:
             good[id(image)] = None
-            _drop_kept_images(f"{place}: {error}", getattr(error, "reason", NO_IMAGE), 1, account)
+            _drop_kept_images(f"{place}: {error}", Fault.of(error).reason, 1, account)
     replaced = [_replace_images(document, good) for document in documents]
     emptied = {id(now) for was, now in zip(documents, replaced, strict=True) if was.media and not now.media}
     return _keep(replaced, lambda document: id(document) not in emptied, NO_IMAGES, place, account)

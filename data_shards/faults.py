@@ -1,4 +1,4 @@
-"""What can be wrong with one sample: a small vocabulary of reasons, the error that carries one, and its record.
+"""What can be wrong with data: one vocabulary of reasons, the error that carries one, and its record.
 
 A sample with a fault is never fatal and never silent: `validate` lists it, and training replaces it, counts it by
 reason, and notes where it is.
@@ -11,21 +11,54 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flamingo.errors import FlamingoError
+from flamingo.images import NO_IMAGE as NO_IMAGE
+from flamingo.images import TOO_LARGE as TOO_LARGE
 
+# Of a file.
+UNREADABLE = "unreadable file"
 TRUNCATED = "truncated shard"
 NOT_A_TAR = "not a tar file"
-BAD_JSON = "bad JSON"
-NO_DOCUMENT = "no document"
-MISSING_IMAGE = "missing image"
-NO_IMAGE = "no image file"
-TOO_LARGE = "image too large"
-NOTHING_SUPERVISED = "no supervised token"
-DUPLICATE_KEY = "duplicate key"
-BAD_MATRIX = "bad similarity matrix"
+TRAILING = "data after the end of the tar"
+CRASHED = "reading it ended the process"
+
+# Of an index, beside what it lists.
+NO_INDEX = "no index"
+BAD_INDEX = "bad index"
+STALE_INDEX = "index of another shard"
+WRONG_CHECKSUM = "wrong checksum"
+MISSING_SHARD = "missing shard"
+UNLISTED_SHARD = "shard not in the index"
+
+# Of a sample's members in a tar.
 UNSAFE_NAME = "unsafe member name"
 LINK = "link in a tar"
+"""or another member that is no plain file"""
+DUPLICATE_KEY = "duplicate key"
+APART = "members of a sample apart"
+OVERSIZED = "sample too large"
+
+# Of a document; `NO_IMAGE` and `TOO_LARGE` are of its images.
+BAD_JSON = "bad JSON"
+BAD_RECORD = "malformed record"
+BAD_MATRIX = "bad similarity matrix"
+BAD_BASE64 = "bad base64"
+NO_DOCUMENT = "no document"
+EMPTY = "empty document"
+NO_TEXT = "no text beside it"
+"""images alone, as a whole document or as a piece of one, teach nothing: no token would count in the loss"""
+NO_CAPTION = "no caption"
+NO_IMAGES = "no image left"
+MISSING_IMAGE = "missing image"
+IMAGE_MARK = "image mark in a text"
+NOTHING_SUPERVISED = "no supervised token"
 UNUSABLE = "unusable sample"
 """of an error that gives no reason of its own"""
+
+# Of an image that its source's options leave out.
+UNPLACED = "image without a place in the text"
+DISSIMILAR = "similarity below the minimum"
+TOO_SMALL = "image file too small"
+SURPLUS = "more images than the maximum"
 
 
 class SampleError(FlamingoError):
@@ -43,8 +76,13 @@ class SampleError(FlamingoError):
         return ": ".join([*filter(None, [self.shard, self.key and f"sample {self.key}"]), what])
 
     @staticmethod
-    def of(error: FlamingoError, key: str = "", shard: str = "") -> SampleError:
-        """The error of a sample at a known place; errors of other modules may carry a `reason` and a `detail` too."""
+    def of(error: Exception, key: str = "", shard: str = "") -> SampleError:
+        """The error of a sample at a known place.
+
+        Ours may carry a `reason` and a `detail`, those of other modules too; of all others the kind is told.
+        """
+        if not isinstance(error, FlamingoError):
+            return SampleError(UNUSABLE, f"{type(error).__name__}: {error}", key, shard)
         reason, detail = getattr(error, "reason", UNUSABLE), getattr(error, "detail", str(error))
         return SampleError(reason, detail, getattr(error, "key", "") or key, getattr(error, "shard", "") or shard)
 
@@ -64,8 +102,8 @@ class Fault:
     """the name of the mixture's source, where there is a mixture"""
 
     @staticmethod
-    def of(error: FlamingoError, key: str = "", shard: str = "", source: str = "") -> Fault:
-        """The record of a sample's error."""
+    def of(error: Exception, key: str = "", shard: str = "", source: str = "") -> Fault:
+        """The record of what went wrong with a sample."""
         found = SampleError.of(error, key, shard)
         return Fault(found.shard, found.key, found.reason, found.detail, source)
 

@@ -20,18 +20,25 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from data_shards.faults import DUPLICATE_KEY, LINK, NOT_A_TAR, TRUNCATED, UNSAFE_NAME, Fault, SampleError
-from data_shards.members import BLOCK, is_header, is_unsafe, read_sample, split_name
+from data_shards.faults import (
+    APART,
+    DUPLICATE_KEY,
+    LINK,
+    NOT_A_TAR,
+    TRAILING,
+    TRUNCATED,
+    UNREADABLE,
+    UNSAFE_NAME,
+    Fault,
+    SampleError,
+)
+from data_shards.members import BLOCK, check_size, is_header, is_unsafe, read_sample, split_name
 from data_shards.report import Report
 from data_shards.shards import offsets_path, write_index
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256, whole
 
 SamplesForm = Literal["documents", "mmc4", "pairs"]
-
-APART = "members of a sample apart"
-TRAILING = "data after the end of the tar"
-OVERSIZED = "sample too large"
 
 NAMES = ("utf-8", "surrogateescape")
 """encoding of names, and what becomes of bytes that are none"""
@@ -46,8 +53,6 @@ LARGEST_EXTENSION = 1 << 20
 """bytes of a header that only extends the next one (long names): a larger one is taken for damage, not read"""
 DETECTED = 20
 """samples that are read to tell the form of a set"""
-LARGEST_SAMPLE = 256 << 20
-"""bytes of a sample, which is held in memory as a whole"""
 
 
 # -- one tar -----------------------------------------------------------------------------------------------------------
@@ -67,12 +72,15 @@ class Span:
         """Its members' bytes by suffix.
 
         Raises:
-            SampleError: where they are too many to be held in memory, or not members of one sample.
+            SampleError: where they cannot be read, are too many to be held in memory, or not members of one sample.
         """
         size = self.end - self.start
-        if size > LARGEST_SAMPLE:
-            raise SampleError(OVERSIZED, f"expected at most {LARGEST_SAMPLE:,} bytes, got {size:,}")
-        return read_sample(os.pread(file.fileno(), size, self.start))[1]
+        check_size(size)
+        try:
+            data = os.pread(file.fileno(), size, self.start)
+        except OSError as error:
+            raise SampleError(UNREADABLE, str(error.strerror)) from error
+        return read_sample(data)[1]
 
 
 @dataclass
@@ -96,11 +104,9 @@ class Contents:
 
     def add(self, start: int, header: tarfile.TarInfo, end: int) -> None:
         """Put the next member, which lies at `start … end`, to its sample."""
-        name, split = header.name, split_name(header.name)
+        split = split_name(header.name)
         key = split[0] if split else ""
-        reasons = {UNSAFE_NAME: name} if is_unsafe(name) else {}
-        if not (header.isdir() or (header.isreg() and header.sparse is None)):
-            reasons[LINK] = f"{name} {_kind(header)}"
+        reasons = refusals(header)
         if header.isdir() or split is None:
             self.faults += [Fault(self.shard, key, *reason) for reason in reasons.items()]
             self.other_members += not header.isdir()
@@ -151,7 +157,7 @@ def scan(path: Path) -> Contents:
         contents.faults.append(Fault(path.name, "", NOT_A_TAR, "no regular file"))
         return contents
     with path.open("rb") as file:
-        headers = _Headers(file)
+        headers = Headers(file)
         try:
             for header in headers:
                 contents.add(headers.start, header, min(headers.end, headers.size))
@@ -166,7 +172,7 @@ def scan(path: Path) -> Contents:
     return contents
 
 
-class _Headers:
+class Headers:
     """The member headers of a tar, strictly: tarfile takes a damaged header for the end of the archive.
 
     `start` and `end` are the bytes of the last one, extensions of its header and data included.
@@ -222,10 +228,14 @@ class _Headers:
                 raise SampleError(TRAILING, f"{self.size - self.end} bytes after byte {self.end}")
 
 
-def _kind(header: tarfile.TarInfo) -> str:
+def refusals(header: tarfile.TarInfo) -> dict[str, str]:
+    """Reason → detail of what forbids to read a member: a name that leads elsewhere, or no plain file."""
+    found = {UNSAFE_NAME: header.name} if is_unsafe(header.name) else {}
     if header.issym() or header.islnk():
-        return f"→ {header.linkname}"
-    return "is a sparse file" if header.isreg() else "is no plain file"
+        found[LINK] = f"{header.name} → {header.linkname}"
+    elif not (header.isdir() or (header.isreg() and header.sparse is None)):
+        found[LINK] = f"{header.name} is {'a sparse' if header.isreg() else 'no plain'} file"
+    return found
 
 
 def _looks_like(block: bytes) -> str:
@@ -303,7 +313,7 @@ def count(report: Report, contents: Contents) -> None:
 
 def unreadable(path: Path, error: OSError) -> Fault:
     """The fault of a tar that the system does not let us read."""
-    return Fault(path.name, "", NOT_A_TAR, error.strerror or str(error))
+    return Fault(path.name, "", UNREADABLE, error.strerror or str(error))
 
 
 def detect(paths: Iterable[Path]) -> SamplesForm:

@@ -22,10 +22,12 @@ from data_shards.order import MixtureOrder, ShuffledOrder
 from data_shards.sequences import Sequences
 from data_shards.shards import ShardSet
 from flamingo.errors import FlamingoError
+from flamingo.images import PixelSettings
 from flamingo.processing import Encoding
 
 REPLACED_WITHIN = 64
-"""positions of a source, from a multiple of it on, among which a sample that is not usable finds its replacement"""
+"""Positions of a source, from a multiple of it on, among which a sample that is not usable finds its replacement; where
+a shard is damaged as a whole and stands alone in a block of the order, as many others of the epoch."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence with the pixels (N, F, C, H, W) of its media, and its document's key."""
+    """One sequence with the pixels (N, F, C, H, W) of its media, uint8, and its document's key."""
 
     encoding: Encoding
     pixels: Tensor
@@ -50,11 +52,13 @@ class Sample:
 class MicroBatches(Dataset[BatchFeature]):
     """Micro-batch number → its tensors, with `sources` (B,), the number of each row's source, `keys` and `faults`.
 
+    `pixel_values` are uint8 here, a quarter of what a worker would else have to send; `rank_batches` normalises them.
+
     A row is one sequence, or several of one source where `sequences` packs those of the micro-batch's positions.
 
     A position whose sample cannot be read or made a sequence gets the next one of its source that can, among
-    `REPLACED_WITHIN` neighbours; so its content is a function of the position as all others are. Its own sample is a
-    `Fault` of the batch: each once, whatever else it was tried for.
+    `REPLACED_WITHIN` neighbours, or among as many that are drawn from the epoch; so its content is a function of the
+    position as all others are. Its own sample is a `Fault` of the batch: each once, whatever else it was tried for.
     """
 
     def __init__(self, sources: Sequence[Source], sequences: Sequences, *, micro_batch: int, seed: int):
@@ -93,16 +97,24 @@ class MicroBatches(Dataset[BatchFeature]):
         if isinstance(own, Sample):
             return own, None
         faults = [own]
-        begin = within // REPLACED_WITHIN * REPLACED_WITHIN
-        for other in (*range(within + 1, begin + REPLACED_WITHIN), *range(begin, within)):
+        for other in self._others(source, within):
             made = self._make(source, other, position)
             if isinstance(made, Sample):
                 return made, own
             faults.append(made)
         raise FlamingoError(
-            f"data: source {own.source} has no usable sample in {REPLACED_WITHIN} positions; "
+            f"data: source {own.source} has no usable sample in {len(faults)} positions; "
             + described(Counter(fault.reason for fault in faults), faults)
+            + f"; the first: {own.detail}"
         )
+
+    def _others(self, source: int, within: int) -> Iterator[int]:
+        """The places of a source that may replace one of it: its neighbours, then some from all over the epoch."""
+        begin = within // REPLACED_WITHIN * REPLACED_WITHIN
+        yield from (*range(within + 1, begin + REPLACED_WITHIN), *range(begin, within))
+        samples = self.orders[source].samples
+        drawn = np.random.default_rng([self.seed, source, within]).integers(samples, size=REPLACED_WITHIN)
+        yield from (within // samples * samples + drawn).tolist()
 
     def _make(self, source: int, within: int, position: int) -> Sample | Fault:
         """The sample that stands at the place `within` of its source, made for a position of the mixture."""
@@ -114,16 +126,24 @@ class MicroBatches(Dataset[BatchFeature]):
             return Fault.of(error, source=self.sources[source].name)
         try:
             encoding = self.sequences(document, np.random.default_rng([self.seed, position]))
-            pixels = self.sequences.processor.pixels(encoding.media, encoding.views)
-        except FlamingoError as error:
+            pixels = self.sequences.processor.pixels(encoding.media, encoding.views, normalised=False)
+        except Exception as error:  # noqa: BLE001  whatever a sample holds, a run that stops there stops there again
             return Fault.of(error, document.key, shard.place, self.sources[source].name)
         return Sample(encoding, pixels, document.key)
 
 
 def rank_batches(
-    data: MicroBatches, *, batch: int, start_step: int, steps: int, rank: int = 0, world: int = 1, workers: int = 0
+    data: MicroBatches,
+    *,
+    batch: int,
+    start_step: int,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[BatchFeature]:
-    """Micro-batches of one rank, for the steps `start_step` … `start_step + steps − 1`, step by step.
+    """Micro-batches of one rank, for the steps `start_step` … `start_step + steps − 1`, step by step, on its device.
 
     Args:
         batch: samples of a step over all ranks; a multiple of `micro_batch · world`.
@@ -137,27 +157,27 @@ def rank_batches(
             f"batch={batch}: expected a multiple of micro_batch · processes = {data.micro_batch} · {world}"
         )
     per_step = batch // data.micro_batch
-    mine = [
-        step * per_step + number
-        for step in range(start_step, start_step + steps)
-        for number in range(rank, per_step, world)
-    ]
     loader = DataLoader(
         data,
         batch_size=None,
-        sampler=mine,
+        sampler=range(start_step * per_step + rank, (start_step + steps) * per_step, world),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
     )
-    return _with_plain_errors(loader)
+    return _delivered(loader, data.sequences.processor.pixel_settings, device)
 
 
-def _with_plain_errors(loader: DataLoader[BatchFeature]) -> Iterator[BatchFeature]:
-    """The loader's batches; an error of a worker comes as it was raised, not wrapped into its traceback."""
+def _delivered(
+    loader: DataLoader[BatchFeature], settings: PixelSettings, device: torch.device | str
+) -> Iterator[BatchFeature]:
+    """The loader's batches, normalised; an error of a worker comes as it was raised, not wrapped into its traceback."""
     try:
-        yield from loader
+        for batch in loader:
+            batch = batch.to(device, non_blocking=True)
+            batch["pixel_values"] = settings.normalise(batch["pixel_values"])
+            yield batch
     except FlamingoError as error:
         raise FlamingoError(str(error).rpartition(f"{type(error).__name__}: ")[2]) from None
 

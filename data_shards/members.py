@@ -9,9 +9,20 @@ from __future__ import annotations
 
 import re
 
-from data_shards.faults import DUPLICATE_KEY, LINK, NO_DOCUMENT, NOT_A_TAR, TRUNCATED, UNSAFE_NAME, SampleError
+from data_shards.faults import (
+    DUPLICATE_KEY,
+    LINK,
+    NO_DOCUMENT,
+    NOT_A_TAR,
+    OVERSIZED,
+    TRUNCATED,
+    UNSAFE_NAME,
+    SampleError,
+)
 
 BLOCK = 512
+LARGEST_SAMPLE = 256 << 20
+"""bytes of a sample, which is held in memory as a whole"""
 _SAMPLE_NAME = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]*)", re.DOTALL)
 
 
@@ -38,6 +49,12 @@ def is_header(block: bytes) -> bool:
         return len(block) == BLOCK and _number(block[148:156]) == sum(block[:148]) + 8 * 32 + sum(block[156:])
     except ValueError:
         return False
+
+
+def check_size(size: int) -> None:
+    """Raise SampleError for a sample of too many bytes, before they are read."""
+    if size > LARGEST_SAMPLE:
+        raise SampleError(OVERSIZED, f"expected at most {LARGEST_SAMPLE:,} bytes, got {size:,}")
 
 
 def read_sample(data: bytes) -> tuple[str, dict[str, bytes]]:

@@ -124,7 +124,7 @@ class MixtureOrder:
         self._begins = sorted(set(starts))
         active = np.array([[share * (start <= begin) for share, start in zip(shares, starts, strict=True)]
                            for begin in self._begins])  # fmt: skip
-        if (active < 0).any() or (active.sum(axis=1) <= 0).any():
+        if not np.isfinite(active).all() or (active < 0).any() or (active.sum(axis=1) <= 0).any():
             raise FlamingoError(f"shares {list(shares)}: expected positive numbers")
         self._block = lru_cache(maxsize=4)(self._shuffle_block)
         self._counts = np.array([_apportion(row / row.sum(), self.BLOCK) for row in active])

@@ -17,7 +17,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image as PilImage
 
-from data_shards.statistics import image_header
+from data_shards.sources.reading import image_header
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import whole

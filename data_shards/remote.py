@@ -59,8 +59,6 @@ def open_remote(url: str, cache: Path, cache_bytes: int, *, waits: Sequence[floa
 class RemoteFolder(Folder):
     """A folder of shards elsewhere, and its cache here."""
 
-    open_at_once = SHARDS_AT_ONCE  # an open shard that was evicted still takes room
-
     def __init__(self, name: str, cache: Path, cache_bytes: int, waits: tuple[float, ...]):
         super().__init__(name)
         self.cache, self.cache_bytes, self.waits = cache, cache_bytes, waits

@@ -22,8 +22,19 @@ from typing import Any
 import numpy as np
 from webdataset import TarWriter
 
-from data_shards.faults import BAD_JSON, DUPLICATE_KEY, MISSING_IMAGE, NO_DOCUMENT, NOT_A_TAR, TRUNCATED, SampleError
-from data_shards.members import BLOCK, is_header, is_unsafe, read_sample
+from data_shards.faults import (
+    BAD_JSON,
+    DUPLICATE_KEY,
+    MISSING_IMAGE,
+    NO_DOCUMENT,
+    NOT_A_TAR,
+    STALE_INDEX,
+    TRUNCATED,
+    UNREADABLE,
+    SampleError,
+)
+from data_shards.members import BLOCK, check_size, is_header, is_unsafe, read_sample
+from data_shards.order import SHARDS_AT_ONCE
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256, write_text
@@ -73,8 +84,10 @@ def from_sample(key: str, members: dict[str, bytes]) -> Document:
         raise SampleError(BAD_JSON, f"{key}.json: {error}") from error
     try:
         segments = tuple(_segment(entry, key, members) for entry in record["segments"])
-        return Document(segments, key, record.get("source", ""), record.get("metadata", {}))
-    except (KeyError, TypeError, AttributeError) as error:
+        return Document(segments, key, record.get("source", ""), dict(record.get("metadata", {})))
+    except SampleError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SampleError(NO_DOCUMENT, f"{key}.json is no document ({type(error).__name__}: {error})") from error
 
 
@@ -89,8 +102,11 @@ def _segment(entry: dict[str, Any], key: str, members: dict[str, bytes]) -> Segm
     if "text" in entry:
         if not isinstance(entry["text"], str):
             raise TypeError("a text that is no string")
+        entry["text"].encode()  # half of a surrogate pair, which JSON can hold, is no text to a tokenizer
         return Text(entry["text"], bool(entry.get("supervised", True)))
     if "video" in entry:
+        if not entry["video"]:
+            raise ValueError("a video without frames")
         return Video(tuple(image(name) for name in entry["video"]))
     return image(entry["image"])
 
@@ -116,6 +132,18 @@ SAMPLE_FORMATS: dict[str, Callable[[str, dict[str, bytes]], Document]] = {
 
 `documents` are ours; `mmc4` are OpenFlamingo's tars, JSON with images inside; `pairs` are img2dataset's.
 """
+
+
+def make_document(form: str, key: str, members: dict[str, bytes]) -> Document:
+    """The document of a sample, `form` being a name of `SAMPLE_FORMATS`.
+
+    Raises:
+        SampleError: where there is none, whatever the members hold.
+    """
+    try:
+        return SAMPLE_FORMATS[form](key, members)
+    except Exception as error:
+        raise SampleError.of(error, key) from error
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -245,9 +273,6 @@ def write_index(folder: str | Path, entries: Iterable[dict[str, Any]], *, sample
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
-OPEN_SHARDS = 64
-"""shards of a set that a process keeps open"""
-
 
 class Folder:
     """A folder of shards on this machine; `data_shards.remote` has one that is elsewhere.
@@ -256,11 +281,9 @@ class Folder:
         name: of the folder, for messages.
     """
 
-    open_at_once = OPEN_SHARDS
-
     def __init__(self, name: str):
         self.name = name
-        self.opened = lru_cache(maxsize=self.open_at_once)(self.open)
+        self.opened = lru_cache(maxsize=SHARDS_AT_ONCE)(self.open)  # two files each, for every source of a mixture
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers open their own files."""
@@ -270,7 +293,7 @@ class Folder:
         """Open a shard's files; `opened` keeps those that were used last.
 
         Raises:
-            FlamingoError: where that cannot be done; it names the file.
+            SampleError: where that cannot be done; it names the file.
         """
         path = Path(self.name, shard.file)
         return OpenShard(path, offsets_path(path), shard)
@@ -280,7 +303,7 @@ class OpenShard:
     """A shard's open file, and its offsets mapped from theirs.
 
     Raises:
-        FlamingoError: where the files cannot be read, or the offsets are those of another shard; it names the file.
+        SampleError: where the files cannot be read, or the offsets are those of another shard; it names the file.
     """
 
     def __init__(self, path: Path, offsets: Path, shard: Shard):
@@ -288,7 +311,7 @@ class OpenShard:
         try:
             self.file = io.FileIO(path)
         except OSError as error:
-            raise FlamingoError(f"{path}: expected a file that can be read ({error.strerror})") from error
+            raise SampleError(UNREADABLE, f"{path}: {error.strerror}") from error
         self.offsets = load_offsets(offsets, shard)
 
     def read(self, start: int, size: int) -> bytes:
@@ -297,7 +320,7 @@ class OpenShard:
             # pread keeps no position, so that threads and forked workers may share the file
             return os.pread(self.file.fileno(), size, start)
         except OSError as error:
-            raise FlamingoError(f"{self.path}: expected a file that can be read ({error.strerror})") from error
+            raise SampleError(UNREADABLE, f"{self.path}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -334,35 +357,36 @@ class Shard:
         """The document of sample `index`.
 
         Raises:
-            SampleError: where the bytes there are no sample; it says where and why.
-            FlamingoError: where the shard or its offsets cannot be read at all.
+            SampleError: where the bytes there cannot be read or are no sample; it says where and why.
+            FlamingoError: where a shard that is elsewhere cannot be brought here.
         """
-        key, data = f"#{index}", self._bytes(index)
+        key = f"#{index}"
         try:
-            key, members = read_sample(data)
+            key, members = read_sample(self._bytes(index))
             if index in self.repeated:
                 raise SampleError(DUPLICATE_KEY, "an earlier sample of the shard has it")
-            return SAMPLE_FORMATS[self.form](key, members)
-        except FlamingoError as error:
+            return make_document(self.form, key, members)
+        except SampleError as error:
             raise SampleError.of(error, key, self.place) from error
 
     def _bytes(self, index: int) -> bytes:
         """The bytes of a sample, headers included."""
         opened = self.folder.opened(self)
         start, end = (int(offset) for offset in opened.offsets[index : index + 2])
+        check_size(end - start)
         data = opened.read(start, end - start)
         if len(data) == end - start:
             return data
         if not is_header(opened.read(0, BLOCK)):
-            raise SampleError(NOT_A_TAR, "no header at its beginning", f"#{index}", self.place)
-        raise SampleError(TRUNCATED, f"expected {self.size} bytes, as {INDEX} says", f"#{index}", self.place)
+            raise SampleError(NOT_A_TAR, "no header at its beginning")
+        raise SampleError(TRUNCATED, f"expected {self.size} bytes, as {INDEX} says")
 
 
 def load_offsets(path: Path, shard: Shard) -> np.ndarray:
     """Map a shard's offsets from a file.
 
     Raises:
-        FlamingoError: where the file does not fit the shard; it names it.
+        SampleError: where the file does not fit the shard; it names it.
     """
     try:
         offsets = np.load(path, mmap_mode="r")
@@ -370,7 +394,8 @@ def load_offsets(path: Path, shard: Shard) -> np.ndarray:
         if not fits or offsets[0] < 0 or offsets[-1] > shard.size or (offsets[1:] < offsets[:-1]).any():
             raise ValueError("others")
     except (OSError, ValueError, EOFError) as error:
-        raise FlamingoError(f"{path}: expected {shard.samples + 1} rising offsets within {shard.file}") from error
+        detail = f"{path}: expected {shard.samples + 1} rising offsets within {shard.file}"
+        raise SampleError(UNREADABLE if isinstance(error, OSError) else STALE_INDEX, detail) from error
     return offsets
 
 
@@ -459,6 +484,8 @@ def read_index(content: bytes, folder: Folder) -> ShardSet:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FlamingoError(f"{where}: expected a list `shards` of file, samples, bytes, sha256") from error
+    if len({shard.file for shard in shards}) < len(shards):
+        raise FlamingoError(f"{where}: expected each shard once")
     if not sum(shard.samples for shard in shards):
         raise FlamingoError(f"{folder.name}: expected at least one document")
     return ShardSet(folder.name, shards)

@@ -7,33 +7,30 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from PIL import Image as PilImage
 from rich import get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Line
 
-from data_shards.faults import UNUSABLE, Fault
+from data_shards.faults import CRASHED, NO_IMAGE, SampleError
 from data_shards.indexing import SamplesForm, scan, tars, unreadable
 from data_shards.parallel import over_files
 from data_shards.report import counted, printable
-from data_shards.shards import SAMPLE_FORMATS
+from data_shards.shards import make_document
+from data_shards.sources.reading import image_header
 from data_shards.splitting import token_counter
-from data_shards.validate import CRASHED, form_of, images
+from data_shards.validate import form_of
 from flamingo.document import Document, Text
 from flamingo.errors import FlamingoError
 from flamingo.files import whole
-from flamingo.images import FORMATS
 from flamingo.processing import END_OF_CHUNK, IMAGE_TOKEN, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NO_FORMAT = "no image file"
-"""counted among the formats: bytes whose header is that of no image"""
 MOST_BARS = 20
 """numbers of images that get a bar of their own; documents with more share the last one"""
 BLUE, GREY = "#2e6fb0", "#6b6862"
@@ -66,7 +63,7 @@ class Statistics:
         characters: characters of a document's texts → documents.
         tokens: tokens of a document with its marks, one for each medium and each end of a chunk → documents; None
             where no tokenizer was given.
-        formats: Pillow's name of an image's format, by its header → images.
+        formats: Pillow's name of an image's format, by its header → images; `NO_IMAGE` where that is of none.
         shorter_edges, longer_edges: pixels → images.
         image_bytes: of the image files.
     """
@@ -91,16 +88,15 @@ class Statistics:
 
     def add(self, document: Document, tokens: int | None) -> None:
         """Count one document."""
-        files = list(images(document))
-        self.images[len(files)] += 1
+        self.images[len(document.images)] += 1
         self.characters[sum(len(each.text) for each in document.segments if isinstance(each, Text))] += 1
         if tokens is not None:
             self.tokens = self.tokens if self.tokens is not None else Counter()
             self.tokens[tokens] += 1
-        for image in files:
+        for image in document.images:
             self.image_bytes += len(image.data)
             header = image_header(image.data)
-            self.formats[header.format if header else NO_FORMAT] += 1
+            self.formats[header.format if header else NO_IMAGE] += 1
             if header:
                 self.shorter_edges[min(header.width, header.height)] += 1
                 self.longer_edges[max(header.width, header.height)] += 1
@@ -200,30 +196,6 @@ class Statistics:
         return lines
 
 
-class Header(NamedTuple):
-    """What an image file says of itself."""
-
-    format: str
-    width: int
-    height: int
-
-
-def image_header(data: bytes) -> Header | None:
-    """Format and size in pixels, as stored, without decoding; None where the bytes do not begin as an image does."""
-    PilImage.init()
-    for kind in FORMATS:
-        open_it, accepts = PilImage.OPEN.get(kind, (None, None))
-        if open_it is None or accepts is None or accepts(data[:16]) is not True:
-            continue
-        try:
-            # Not PIL.Image.open, which refuses large sizes: they are what is asked for.
-            with open_it(io.BytesIO(data), "") as picture:
-                return Header(kind, *picture.size)
-        except Exception:  # noqa: BLE001  Pillow's plugins raise many kinds
-            return None
-    return None
-
-
 def statistics(
     folder: str | Path,
     tokenizer: str | None = None,
@@ -268,11 +240,9 @@ def _of_shard(path: Path, *, form: str, tokenizer: str | None) -> Statistics:
                 if span.faulty:
                     continue  # its fault is counted already
                 try:
-                    document = SAMPLE_FORMATS[form](span.key, span.read(file))
-                except FlamingoError as error:
-                    found.unread[Fault.of(error).reason] += 1
-                except Exception:  # noqa: BLE001  whatever a sample holds; `validate` names it
-                    found.unread[UNUSABLE] += 1
+                    document = make_document(form, span.key, span.read(file))
+                except SampleError as error:  # `validate` names it
+                    found.unread[error.reason] += 1
                 else:
                     found.add(document, _tokens(document, tokenizer))
     except OSError as error:

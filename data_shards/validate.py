@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from data_shards.faults import DUPLICATE_KEY, NOTHING_SUPERVISED, UNUSABLE, Fault
+from data_shards.faults import (
+    BAD_INDEX,
+    CRASHED,
+    DUPLICATE_KEY,
+    EMPTY,
+    IMAGE_MARK,
+    MISSING_SHARD,
+    NO_INDEX,
+    NOTHING_SUPERVISED,
+    STALE_INDEX,
+    UNLISTED_SHARD,
+    WRONG_CHECKSUM,
+    Fault,
+    SampleError,
+)
 from data_shards.indexing import Contents, SamplesForm, Span, detect, scan, tars, unreadable
 from data_shards.parallel import over_files
 from data_shards.report import Report
-from data_shards.shards import INDEX, SAMPLE_FORMATS, offsets_path
-from data_shards.sources.reading import EMPTY
-from flamingo.document import Document, Image, Text, Video
+from data_shards.shards import INDEX, Folder, Shard, load_offsets, make_document, offsets_path, read_index
+from flamingo.document import Document, Text
 from flamingo.errors import FlamingoError
 from flamingo.files import sha256
 from flamingo.images import Limits, PixelSettings, decode
 from flamingo.processing import IMAGE_TOKEN, FlamingoProcessor
-
-NO_INDEX = "no index"
-BAD_INDEX = "bad index"
-STALE_INDEX = "index of another shard"
-WRONG_CHECKSUM = "wrong checksum"
-MISSING_SHARD = "missing shard"
-UNLISTED_SHARD = "shard not in the index"
-IMAGE_MARK = "image mark in a text"
-CRASHED = "reading it ended the process"
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What `index.json` says: the form of the samples, and of each shard its entry."""
-
-    form: SamplesForm | None = None
-    entries: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    faults: tuple[Fault, ...] = ()
 
 
 @dataclass
@@ -81,17 +75,17 @@ def validate(
     """
     folder = Path(folder)
     paths = tars(folder)
-    index = _read_index(folder)
-    form = samples or index.form or detect(paths)
+    listed, index_faults = _read_index(folder)
+    form = samples or form_of(folder, paths)
     if form == "documents" and not (folder / INDEX).exists():
-        index = _Index(faults=(Fault(INDEX, "", NO_INDEX, "the shards were not written to the end"),))
+        index_faults = [Fault(INDEX, "", NO_INDEX, "the shards were not written to the end")]
     report = Report(str(folder), form, images=0)
-    report.add(index.faults)
+    report.add(index_faults)
     present = {path.name for path in paths}
-    report.add(Fault(name, "", MISSING_SHARD, f"{INDEX} lists it") for name in index.entries if name not in present)
+    report.add(Fault(name, "", MISSING_SHARD, f"{INDEX} lists it") for name in listed if name not in present)
     settings = processor.pixel_settings if processor else None
-    check = partial(_check_shard, form=form, settings=settings, indexed=bool(index.entries))
-    entries = [index.entries.get(path.name) for path in paths]
+    check = partial(_check_shard, form=form, settings=settings, indexed=bool(listed))
+    entries = [listed.get(path.name) for path in paths]
     results = over_files(check, paths, entries, processes=processes, title="validating")
     keys, faulty, faulty_shards = [], [], []
     for path, result in zip(paths, results, strict=True):
@@ -108,13 +102,14 @@ def validate(
     return report
 
 
-def form_of(folder: Path, paths: Sequence[Path]) -> SamplesForm:
+def form_of(folder: Path, paths: Sequence[Path]) -> str:
     """The form of a folder's samples: as its index says, or told from the first samples.
 
     Raises:
         FlamingoError: where it cannot be told.
     """
-    return _read_index(folder).form or detect(paths)
+    listed, _ = _read_index(folder)
+    return next((shard.form for shard in listed.values()), None) or detect(paths)
 
 
 def _count(report: Report, checked: _Checked) -> None:
@@ -132,52 +127,42 @@ def _count(report: Report, checked: _Checked) -> None:
 # -- index -------------------------------------------------------------------------------------------------------------
 
 
-def _read_index(folder: Path) -> _Index:
-    """What the index says, as far as it can be read; without one, nothing."""
+def _read_index(folder: Path) -> tuple[dict[str, Shard], list[Fault]]:
+    """The shards that the index lists, by their files, or what is wrong with it; without one, nothing."""
     path = folder / INDEX
     if not path.exists():
-        return _Index()
+        return {}, []
     try:
-        content = json.loads(path.read_bytes())
-        form, listed = content.get("samples", "documents"), content["shards"]
-        entries = {entry["file"]: entry for entry in listed}
-        for entry in listed:
-            if Path(entry["file"]).name != entry["file"] or not isinstance(entry["sha256"], str):
-                raise ValueError(f"entry of {entry['file']!r}")
-            _ = entry["samples"] + 0, entry["bytes"] + 0
-        if len(entries) != len(listed) or form not in SAMPLE_FORMATS:
-            raise ValueError(f"a shard twice, or samples={form!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return _Index(faults=(Fault(INDEX, "", BAD_INDEX, f"{type(error).__name__}: {error}"),))
-    return _Index(form, entries)
+        return {shard.file: shard for shard in read_index(path.read_bytes(), Folder(str(folder))).shards}, []
+    except (OSError, FlamingoError) as error:
+        return {}, [Fault(INDEX, "", BAD_INDEX, str(error))]
 
 
-def _check_index(path: Path, contents: Contents, entry: Mapping[str, Any]) -> Iterator[Fault]:
+def _check_index(path: Path, contents: Contents, listed: Shard) -> Iterator[Fault]:
     """What the index says of a shard against what it is."""
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        yield Fault(path.name, "", STALE_INDEX, f"{size:,} bytes, {INDEX} says {entry['bytes']:,}")
+    size, samples = path.stat().st_size, len(contents.spans)
+    if size != listed.size:
+        yield Fault(path.name, "", STALE_INDEX, f"{size:,} bytes, {INDEX} says {listed.size:,}")
         return
-    if sha256(path) != entry["sha256"]:
-        yield Fault(path.name, "", WRONG_CHECKSUM, f"other bytes than when it was indexed ({entry['sha256'][:12]}…)")
-    offsets = offsets_path(path)
+    if sha256(path) != listed.sha256:
+        yield Fault(path.name, "", WRONG_CHECKSUM, f"other bytes than when it was indexed ({listed.sha256[:12]}…)")
+    if samples != listed.samples:
+        yield Fault(path.name, "", STALE_INDEX, f"{samples:,} samples, {INDEX} says {listed.samples:,}")
+        return
     try:
-        same = np.array_equal(np.load(offsets, mmap_mode="r"), contents.offsets)
-    except (OSError, ValueError, EOFError) as error:
-        yield Fault(path.name, "", STALE_INDEX, f"{offsets.name}: {error}")
+        same = np.array_equal(load_offsets(offsets_path(path), listed), contents.offsets)
+    except SampleError as error:
+        yield Fault(path.name, "", STALE_INDEX, error.detail)
         return
-    if len(contents.spans) != entry["samples"]:
-        detail = f"{len(contents.spans):,} samples, {INDEX} says {entry['samples']:,}"
-        yield Fault(path.name, "", STALE_INDEX, detail)
-    elif not same:
-        yield Fault(path.name, "", STALE_INDEX, f"samples begin at other bytes than {offsets.name} says")
+    if not same:
+        yield Fault(path.name, "", STALE_INDEX, f"samples begin at other bytes than {offsets_path(path).name} says")
 
 
 # -- one shard ---------------------------------------------------------------------------------------------------------
 
 
 def _check_shard(
-    path: Path, entry: Mapping[str, Any] | None, *, form: str, settings: PixelSettings | None, indexed: bool
+    path: Path, entry: Shard | None, *, form: str, settings: PixelSettings | None, indexed: bool
 ) -> _Checked:
     """Everything about one shard; `entry` is the index's, `indexed` says whether there is an index."""
     try:
@@ -207,17 +192,14 @@ def _check_sample(
 ) -> Iterator[Fault]:
     """The faults of a sample whose members are sound; its images are counted."""
     try:
-        document = SAMPLE_FORMATS[form](span.key, span.read(file))
-        yield from (Fault(shard, span.key, *found) for found in _check_text(document))
-    except FlamingoError as error:
+        document = make_document(form, span.key, span.read(file))
+    except SampleError as error:
         yield Fault.of(error, span.key, shard)
         return
-    except Exception as error:  # noqa: BLE001  whatever a sample holds is its fault, and the others are still looked at
-        yield Fault(shard, span.key, UNUSABLE, f"{type(error).__name__}: {error}")
-        return
+    yield from (Fault(shard, span.key, *found) for found in _check_text(document))
     channels, limits = (settings.channels, settings.limits) if settings else (3, Limits())
     checked.text_only += not document.media and bool(_texts(document))
-    for image in images(document):
+    for image in document.images:
         checked.images += 1
         try:
             decode(image, channels, limits)
@@ -241,12 +223,6 @@ def _check_text(document: Document) -> Iterator[tuple[str, str]]:
 
 def _texts(document: Document) -> list[Text]:
     return [segment for segment in document.segments if isinstance(segment, Text) and segment.text]
-
-
-def images(document: Document) -> Iterator[Image]:
-    """The images of a document, the frames of its videos among them."""
-    for medium in document.media:
-        yield from medium.frames if isinstance(medium, Video) else (medium,)
 
 
 # -- the whole set -----------------------------------------------------------------------------------------------------

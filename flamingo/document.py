@@ -55,3 +55,10 @@ class Document:
     def media(self) -> tuple[Medium, ...]:
         """The media segments, in reading order."""
         return tuple(segment for segment in self.segments if not isinstance(segment, Text))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images, in reading order, the frames of videos among them."""
+        return tuple(
+            image for medium in self.media for image in (medium.frames if isinstance(medium, Video) else (medium,))
+        )

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.account import Account
-from data_shards.faults import SampleError
+from data_shards.faults import BAD_RECORD, EMPTY, SampleError
 from data_shards.sources import Record
 from data_shards.sources.images import FilesBeside
-from data_shards.sources.reading import BAD_RECORD, EMPTY, Images, Row, line_records, plain, read_record
+from data_shards.sources.reading import Images, Row, line_records, plain, read_record
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 

@@ -21,19 +21,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.faults import LINK, MISSING_IMAGE, NOT_A_TAR, UNSAFE_NAME, SampleError
+from data_shards.faults import LINK, MISSING_IMAGE, TRUNCATED, UNSAFE_NAME, SampleError
 from data_shards.members import is_unsafe
 from data_shards.sources.reading import image_file, parse_object
 from data_shards.sources.tables import TABLES, table_records
-from data_shards.sources.tars import NOT_A_FILE, Member, read_range, tar_members
+from data_shards.sources.tars import Member, read_range, tar_members
 from flamingo.document import Image
 from flamingo.errors import FlamingoError
 
 _NOT_IMAGES = (".tar", ".txt", ".zip", ".gz", ".md", *TABLES)
 _LOOSE = -1
 """container of a file that is in no tar: its path is `size` bytes at `offset` of `ImageStore.paths`"""
-_FAULTS = (LINK, UNSAFE_NAME, NOT_A_FILE)
-"""−1, −2, −3 as the size of a refused member"""
+_FAULTS = (LINK, UNSAFE_NAME)
+"""−1, −2 as the size of a refused member"""
 _FILE_COLUMNS = ("file", "path", "image", "file_name", "filename", "image_name")
 
 
@@ -230,7 +230,7 @@ class _Index:
                     entry = self._add(str(PurePosixPath(member.name)), number, member.offset, size)
                     stems.setdefault(_stem(member.name), entry)
         except SampleError as error:
-            if error.reason == NOT_A_TAR:
+            if error.reason != TRUNCATED:
                 raise FlamingoError(f"images {error.detail}") from error
             warnings.warn(f"images {error.detail}: those before are used", stacklevel=2)
         whole = (member for member in sidecars if not member.fault)

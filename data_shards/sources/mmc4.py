@@ -19,16 +19,21 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from data_shards.account import Account
-from data_shards.faults import BAD_MATRIX, MISSING_IMAGE, NO_DOCUMENT, SampleError
-from data_shards.sources import Record
-from data_shards.sources.images import ImageStore, open_images
-from data_shards.sources.reading import (
+from data_shards.faults import (
+    BAD_MATRIX,
     BAD_RECORD,
     DISSIMILAR,
-    LINES,
+    MISSING_IMAGE,
+    NO_DOCUMENT,
     SURPLUS,
     TOO_SMALL,
     UNPLACED,
+    SampleError,
+)
+from data_shards.sources import Record
+from data_shards.sources.images import ImageStore, open_images
+from data_shards.sources.reading import (
+    LINES,
     Images,
     Row,
     checked_segments,

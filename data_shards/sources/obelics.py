@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.account import Account
-from data_shards.faults import SampleError
+from data_shards.faults import BAD_RECORD, SampleError
 from data_shards.sources import Record
 from data_shards.sources.images import FilesBeside, ImageSource, ImageStore, open_images
-from data_shards.sources.reading import BAD_RECORD, Images, Row, checked_segments, find_files, plain, read_record
+from data_shards.sources.reading import Images, Row, checked_segments, find_files, plain, read_record
 from data_shards.sources.tables import table_records
 from flamingo.document import Document, Image
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_shards.account import Account
-from data_shards.faults import MISSING_IMAGE, SampleError
+from data_shards.faults import BAD_RECORD, MISSING_IMAGE, NO_CAPTION, SampleError
 from data_shards.sources import Record
 from data_shards.sources.images import FilesBeside, ImageSource, ImageStore, open_images
 from data_shards.sources.reading import (
-    BAD_RECORD,
     IMAGE_SUFFIXES,
-    NO_CAPTION,
     Images,
     Row,
     find_files,
@@ -79,8 +77,8 @@ class PairsReader:
 
     def _documents(self, content: Row | TarSample, images: Images) -> list[Document]:
         if isinstance(content, TarSample):
-            images.named = sum(_is_image(member.name) for member in content.members)
-            image, captions = _sample(content.key, content.read())
+            images.named = sum(map(_is_image, content.span.suffixes))
+            image, captions = _sample(content.span.key, content.read())
         else:
             image, captions = self._row(content, images)
         chosen = captions[:1] if self.captions == "first" else captions

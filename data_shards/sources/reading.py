@@ -14,27 +14,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from PIL import Image as PilImage
 
 from data_shards.account import Account
-from data_shards.faults import BAD_JSON, NO_IMAGE, TOO_LARGE, TRUNCATED, SampleError
+from data_shards.faults import BAD_BASE64, BAD_JSON, BAD_RECORD, EMPTY, NO_IMAGE, NO_IMAGES, TRUNCATED, SampleError
 from data_shards.sources import Record
 from flamingo.document import Document, Image, Segment, Text
 from flamingo.errors import FlamingoError
 from flamingo.images import FORMATS, ImageError, Limits
-
-# Reasons that only a source knows; the others are those of `faults`.
-BAD_RECORD = "malformed record"
-BAD_BASE64 = "bad base64"
-EMPTY = "empty document"
-NO_IMAGES = "no image left"
-NO_CAPTION = "no caption"
-UNPLACED = "image without a place in the text"
-DISSIMILAR = "similarity below the minimum"
-TOO_SMALL = "image file too small"
-SURPLUS = "more images than the maximum"
 
 LINES = (".jsonl", ".jsonl.gz", ".zip")
 """endings of files that hold a record a line"""
@@ -240,7 +229,7 @@ def checked_segments(parts: Iterable[str | Image], joint: str, *, keep_text_only
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg jpe png webp gif bmp tif tiff avif heic jp2 ppm ico".split())
 """endings of image files, without the dot"""
-_SUFFIXES = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
+_SUFFIXES = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
 
 
 def decode_base64(text: Any) -> bytes:
@@ -259,6 +248,29 @@ def decode_base64(text: Any) -> bytes:
         raise SampleError(BAD_BASE64, str(error)) from error
 
 
+class Header(NamedTuple):
+    """What an image file says of itself: Pillow's name of its format, and its size in pixels, as stored."""
+
+    format: str
+    width: int
+    height: int
+
+
+def image_header(data: bytes) -> Header | None:
+    """What an image file's first bytes say, without decoding; None where they do not begin as an image does."""
+    PilImage.init()
+    for kind in FORMATS:
+        open_it, accepts = PilImage.OPEN.get(kind, (None, None))
+        if open_it is None or accepts is None or accepts(data[:16]) is not True:
+            continue
+        try:  # Not PIL.Image.open, which refuses large sizes: they are what is asked for.
+            with open_it(io.BytesIO(data), "") as picture:
+                return Header(kind, *picture.size)
+        except Exception:  # noqa: BLE001  Pillow's plugins raise many kinds
+            return None
+    return None
+
+
 def image_file(data: bytes, name: str) -> Image:
     """An image of encoded bytes whose header says that they are one; its name gets a suffix where it has none.
 
@@ -268,17 +280,14 @@ def image_file(data: bytes, name: str) -> Image:
     Raises:
         SampleError: where they are no image that the processor reads, or one beyond its limits.
     """
-    limits = Limits()
+    limits, header = Limits(), image_header(data)
+    if header is None:
+        raise SampleError(NO_IMAGE, f"{name}: {len(data)} bytes that begin with {data[:16]!r}")
     try:
         limits.check_bytes(data, name)
-        with PilImage.open(io.BytesIO(data), formats=FORMATS) as picture:
-            limits.check_pixels(*picture.size, name)
-            kind = (picture.format or "bin").lower()
+        limits.check_pixels(header.width, header.height, name)
     except ImageError as error:
         raise SampleError(error.reason, error.detail) from error
-    except PilImage.DecompressionBombError as error:
-        raise SampleError(TOO_LARGE, f"{name}: {error}") from error
-    except Exception as error:  # Pillow's plugins raise many kinds
-        raise SampleError(NO_IMAGE, f"{name}: {len(data)} bytes that begin with {data[:16]!r}") from error
-    suffix = Path(name).suffix.lower()[1:]
-    return Image(data, plain(name if suffix in IMAGE_SUFFIXES else f"{name}.{_SUFFIXES.get(kind, kind)}"))
+    if Path(name).suffix.lower()[1:] not in IMAGE_SUFFIXES:
+        name = f"{name}.{_SUFFIXES.get(header.format, header.format.lower())}"
+    return Image(data, plain(name))

@@ -1,17 +1,15 @@
-"""Members and samples of tar files, by offset: contents are read when they are wanted."""
+"""Files and samples in tars, by offset: contents are read when they are wanted."""
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from data_shards.faults import DUPLICATE_KEY, LINK, NOT_A_TAR, TRUNCATED, UNSAFE_NAME, SampleError
-from data_shards.members import is_unsafe, split_name
+from data_shards.faults import NOT_A_TAR, TRAILING, TRUNCATED, UNREADABLE, SampleError
+from data_shards.indexing import Headers, Span, refusals, scan
 from data_shards.sources import Record
 from flamingo.errors import FlamingoError
-
-NOT_A_FILE = "not a regular file"
 
 
 @dataclass(frozen=True)
@@ -28,33 +26,19 @@ def tar_members(path: str) -> Iterator[Member]:
     """The members of an uncompressed tar in their order; folders are left out, links and unsafe names have a fault.
 
     Raises:
-        SampleError: where it is no tar, or, after its whole members, where it breaks off.
+        SampleError: where it is no tar or cannot be read, or, after its whole members, where it breaks off.
     """
     try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115
-    except (tarfile.TarError, OSError) as error:
-        raise SampleError(NOT_A_TAR, f"{path}: expected an uncompressed tar file ({error})") from error
-    with tar:
-        try:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # or they pile up
-                if not info.isdir():
-                    yield Member(info.name, info.offset_data, info.size, _fault(info))
-            # On a damaged header tarfile stops as at the end, where it finds zeros or nothing.
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError("damaged header")
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-            raise SampleError(TRUNCATED, f"{path}: {error}") from error
-
-
-def _fault(info: tarfile.TarInfo) -> str:
-    if info.issym() or info.islnk():
-        return LINK
-    if is_unsafe(info.name):
-        return UNSAFE_NAME
-    return "" if info.isreg() and not info.issparse() else NOT_A_FILE
+        with Path(path).open("rb") as file:
+            headers = Headers(file)
+            for header in headers:
+                headers.check_data(header)
+                if not header.isdir():
+                    yield Member(header.name, header.offset_data, header.size, next(iter(refusals(header)), ""))
+    except OSError as error:
+        raise SampleError(UNREADABLE, f"{path}: {error.strerror}") from error
+    except SampleError as error:
+        raise SampleError(error.reason, f"{path}: {error.detail}") from error
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -68,7 +52,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
-        raise SampleError(TRUNCATED, str(error)) from error
+        raise SampleError(UNREADABLE, f"{path}: {error.strerror}") from error
     if len(data) != size:
         raise SampleError(TRUNCATED, f"{path}: expected {size} bytes at {offset}, found {len(data)}")
     return data
@@ -76,48 +60,41 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class TarSample:
-    """Members of one key; their names are what stands behind it."""
+    """A sample of a tar."""
 
     path: str
-    key: str
-    members: tuple[Member, ...]
+    span: Span
 
     def read(self) -> dict[str, bytes]:
-        """Name → content.
+        """Its members' bytes by suffix.
 
         Raises:
-            SampleError: where a member is refused, or two have one name.
+            SampleError: where a member is refused, two have one name, or they cannot be read.
         """
-        for member in self.members:
-            if member.fault:
-                raise SampleError(member.fault, f"{self.key}.{member.name}")
-        if len({member.name for member in self.members}) < len(self.members):
-            raise SampleError(DUPLICATE_KEY, f"{self.key}: two members of one name")
-        return {member.name: read_range(self.path, member.offset, member.size) for member in self.members}
+        try:
+            with open(self.path, "rb") as file:  # noqa: PTH123
+                return self.span.read(file)
+        except OSError as error:
+            raise SampleError(UNREADABLE, f"{self.path}: {error.strerror}") from error
 
 
 def sample_records(part: str) -> Iterator[Record]:
-    """A record for each run of members of one key (WebDataset's rule: up to the first dot of the last path component).
+    """A record for each sample of a tar, and one that says so where it breaks off, or where something stands behind it.
 
-    Where the tar breaks off, the last record says so in place of the sample that was being read.
+    A sample that was being read where it breaks off is not among the others.
 
     Raises:
-        FlamingoError: where the file is no tar.
+        FlamingoError: where the file is no tar, or cannot be read.
     """
-    key, members = "", list[Member]()
     try:
-        for member in tar_members(part):
-            split = split_name(member.name)
-            if split is None:
-                continue  # of no sample
-            if members and split[0] != key:
-                yield Record(f"{part}:{key}", TarSample(part, key, tuple(members)))
-                members = []
-            key = split[0]
-            members.append(replace(member, name=split[1]))
-        if members:
-            yield Record(f"{part}:{key}", TarSample(part, key, tuple(members)))
-    except SampleError as error:
-        if error.reason == NOT_A_TAR:
-            raise FlamingoError(error.detail) from error
-        yield Record(f"{part}:{key}", error)
+        contents = scan(Path(part))
+    except OSError as error:
+        raise FlamingoError(f"{part}: expected a file that can be read ({error.strerror})") from error
+    lost = [fault for fault in contents.faults if fault.reason in (NOT_A_TAR, TRUNCATED, TRAILING)]
+    for fault in lost:
+        if fault.reason == NOT_A_TAR:
+            raise FlamingoError(f"{part}: expected a tar file ({fault.detail})")
+    for span in contents.spans:
+        yield Record(f"{part}:{span.key}", TarSample(part, span))
+    for fault in lost:
+        yield Record(f"{part}:{fault.key}", SampleError(fault.reason, fault.detail))

@@ -20,6 +20,7 @@ Member = tuple[str, bytes | tarfile.TarInfo]
 
 def write_tar(path: Path, members: Iterable[Member]) -> Path:
     """A tar of these members, in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             if isinstance(content, tarfile.TarInfo):

@@ -19,11 +19,10 @@ import pytest
 from PIL import Image as PilImage
 
 from data_shards.account import Account
-from data_shards.convert import NO_TEXT, UNREADABLE, Options, bounded_image, convert
+from data_shards.convert import Options, bounded_image, convert
+from data_shards.faults import IMAGE_MARK, NO_IMAGES, NO_TEXT, UNREADABLE
 from data_shards.shards import open_shards
 from data_shards.sources import Record
-from data_shards.sources.reading import NO_IMAGES
-from data_shards.validate import IMAGE_MARK
 from flamingo import Document, FlamingoError, Image, Text
 
 SPAWN = multiprocessing.get_context("forkserver")

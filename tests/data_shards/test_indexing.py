@@ -13,8 +13,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.faults import DUPLICATE_KEY, LINK, NOT_A_TAR, TRUNCATED, UNSAFE_NAME
-from data_shards.indexing import APART, TRAILING, detect, index_folder, scan
+from data_shards.faults import APART, DUPLICATE_KEY, LINK, NOT_A_TAR, TRAILING, TRUNCATED, UNSAFE_NAME
+from data_shards.indexing import detect, index_folder, scan
 from data_shards.shards import INDEX, SAMPLE_FORMATS, offsets_path, open_shards, write_shards
 from flamingo import FlamingoError, Image, Text
 from tests.data_shards.planted import good, mmc4, pair, picture, symlink, write_tar

@@ -115,6 +115,7 @@ def test_mixture_keeps_shares_and_counts_each_source_without_gaps() -> None:
 @pytest.mark.parametrize(
     ("shares", "starts", "message"),
     [([1.0], [5], "starts at 0"), ([0.0, 0.0], None, "positive"), ([1.0, -1.0], None, "positive"),
+     ([1.0, float("nan")], None, "positive"), ([1.0, float("inf")], None, "positive"),
      ([1.0, 1e-9], None, "never be used")],
 )  # fmt: skip
 def test_impossible_mixtures_are_refused(shares: list[float], starts: list[int] | None, message: str) -> None:

@@ -27,7 +27,8 @@ from data_shards.faults import (
     SampleError,
 )
 from data_shards.members import read_sample
-from data_shards.shards import INDEX, OPEN_SHARDS, ShardWriter, open_shards, write_shards
+from data_shards.order import SHARDS_AT_ONCE
+from data_shards.shards import INDEX, ShardWriter, open_shards, write_shards
 from flamingo import Document, FlamingoError, Image, Text, Video
 from flamingo.images import decode
 from tests.tiny import document, picture
@@ -135,6 +136,10 @@ def test_faults_are_named(tmp_path: Path) -> None:
     (folder / INDEX).write_text(index.replace('"format": 2', '"format": 3'))
     with pytest.raises(FlamingoError, match=r"format 3 .*: expected at most format 2"):
         open_shards(folder)
+    entry = index[index.index("  {") : index.index("}") + 1]
+    (folder / INDEX).write_text(index.replace(entry, f"{entry}, {entry}"))
+    with pytest.raises(FlamingoError, match=rf"{INDEX}: expected each shard once"):
+        open_shards(folder)
     (folder / INDEX).write_text(index)
     shard.unlink()
     with pytest.raises(FlamingoError, match="the shard is missing"):
@@ -177,11 +182,11 @@ def test_what_is_wrong_in_a_shard_is_an_error_of_its_samples(tmp_path: Path) -> 
 
 def test_a_set_of_many_shards_keeps_few_files_open(tmp_path: Path) -> None:
     """Catches a run over ten thousand shards that ends at the system's limit of open files."""
-    write_shards((document(n, 0, key=f"d{n}") for n in range(OPEN_SHARDS + 9)), tmp_path, max_samples=1)
+    write_shards((document(n, 0, key=f"d{n}") for n in range(SHARDS_AT_ONCE + 9)), tmp_path, max_samples=1)
     opened = open_shards(tmp_path)
-    assert [opened[n].key for n in range(len(opened))] == [f"d{n}" for n in range(OPEN_SHARDS + 9)]
+    assert [opened[n].key for n in range(len(opened))] == [f"d{n}" for n in range(SHARDS_AT_ONCE + 9)]
     in_use = [str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.exists()]
-    assert len([each for each in in_use if each.startswith(str(tmp_path))]) == 2 * OPEN_SHARDS
+    assert len([each for each in in_use if each.startswith(str(tmp_path))]) == 2 * SHARDS_AT_ONCE
 
 
 # -- members of foreign tars -------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image as PilImage
 from rich.console import Console
 
-from data_shards.faults import BAD_JSON, NOT_A_TAR, TRUNCATED
+from data_shards.faults import BAD_JSON, NO_IMAGE, NOT_A_TAR, TRUNCATED
 from data_shards.shards import write_shards
-from data_shards.statistics import NO_FORMAT, Statistics, Summary, image_header, statistics, summarise
+from data_shards.sources.reading import image_header
+from data_shards.statistics import Statistics, Summary, statistics, summarise
 from flamingo import Document, FlamingoError, Image, Text, Video
 from tests.data_shards.planted import good, huge_png, pair, write_tar
 from tests.tiny import picture, save_backbones, tokenizer
@@ -45,7 +46,7 @@ def test_counts_are_those_counted_by_hand(tmp_path: Path) -> None:
     assert found.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
     assert found.images == {2: 3, 0: 1}
     assert found.characters == {7: 1, 10: 1, 3: 1, 0: 1}
-    assert found.formats == {"PNG": 2, "JPEG": 1, "WEBP": 2, NO_FORMAT: 1}
+    assert found.formats == {"PNG": 2, "JPEG": 1, "WEBP": 2, NO_IMAGE: 1}
     assert found.shorter_edges == {20: 1, 40: 1, 8: 2, 50_000: 1}
     assert found.longer_edges == {30: 1, 50: 1, 9: 2, 50_000: 1}
     files = [f for d in documents for m in d.media for f in (m.frames if isinstance(m, Video) else (m,))]

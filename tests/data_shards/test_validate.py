@@ -18,35 +18,34 @@ from rich.console import Console
 import data_shards.report
 import data_shards.validate
 from data_shards.faults import (
+    BAD_INDEX,
     BAD_JSON,
     BAD_MATRIX,
     DUPLICATE_KEY,
+    EMPTY,
+    IMAGE_MARK,
     LINK,
     MISSING_IMAGE,
+    MISSING_SHARD,
     NO_DOCUMENT,
     NO_IMAGE,
+    NO_INDEX,
     NOT_A_TAR,
     NOTHING_SUPERVISED,
+    OVERSIZED,
+    STALE_INDEX,
     TOO_LARGE,
     TRUNCATED,
+    UNLISTED_SHARD,
     UNSAFE_NAME,
+    WRONG_CHECKSUM,
     SampleError,
 )
-from data_shards.indexing import OVERSIZED, index_folder
+from data_shards.indexing import index_folder
 from data_shards.parallel import over_files
 from data_shards.report import Report
 from data_shards.shards import INDEX, offsets_path, open_shards, write_shards
-from data_shards.sources.reading import EMPTY
-from data_shards.validate import (
-    BAD_INDEX,
-    IMAGE_MARK,
-    MISSING_SHARD,
-    NO_INDEX,
-    STALE_INDEX,
-    UNLISTED_SHARD,
-    WRONG_CHECKSUM,
-    validate,
-)
+from data_shards.validate import validate
 from flamingo import Document, FlamingoError, Image, Text
 from flamingo.images import Limits
 from tests.data_shards.planted import good, huge_png, mmc4, pair, png, symlink, write_tar, written
@@ -80,6 +79,7 @@ def plant(folder: Path) -> set[tuple[str, str, str]]:
             *written("nodocument", {"sound": "0.wav"}),
             ("deep.json", b"[" * 100_000),
             ("list.json", b"[1, 2]"),
+            ("surrogate.json", b'{"segments": [{"text": "\\ud800"}]}'),
             ("image.png", png(4)),
             *written("textonly", text),
             *good("again", 5),
@@ -98,6 +98,7 @@ def plant(folder: Path) -> set[tuple[str, str, str]]:
         ("badjson", BAD_JSON), ("html", NO_IMAGE), ("empty", NO_IMAGE), ("huge", TOO_LARGE), ("two", NO_IMAGE),
         ("gone", MISSING_IMAGE), ("silent", NOTHING_SUPERVISED), ("nothing", EMPTY), ("mark", IMAGE_MARK),
         ("nodocument", NO_DOCUMENT), ("deep", BAD_JSON), ("list", NO_DOCUMENT), ("image", NO_DOCUMENT),
+        ("surrogate", NO_DOCUMENT),
         ("again", DUPLICATE_KEY), ("../up", UNSAFE_NAME), ("link", LINK),
     ]  # fmt: skip
     return {
@@ -115,7 +116,7 @@ def test_every_planted_fault_is_found_and_no_other(tmp_path: Path) -> None:
     report = validate(tmp_path)
     assert found(report) == planted | {(INDEX, "", NO_INDEX)}
     assert (report.shards, report.faulty_shards) == (4, 4)
-    assert (report.samples, report.faulty_samples) == (20 + 2 + 0 + 2, 16 + 1 + 1)
+    assert (report.samples, report.faulty_samples) == (21 + 2 + 0 + 2, 17 + 1 + 1)
     # of the sound ones, and of those whose fault is not in their members or their JSON
     assert (report.images, report.faulty_images) == (3 + 7 + 2 + 2, 4)
     assert (report.text_only, report.other_members) == (1, 1)
@@ -135,7 +136,7 @@ def test_what_cannot_be_read_is_what_is_reported(tmp_path: Path) -> None:
             except SampleError as error:
                 refused.add((shard.file, error.key, error.reason))
     reported = found(validate(tmp_path))
-    assert len(refused) == 9 and refused <= reported
+    assert len(refused) == 10 and refused <= reported
     in_its_content = {NO_IMAGE, TOO_LARGE, NOTHING_SUPERVISED, EMPTY, IMAGE_MARK}
     across_shards = {("b.tar", "sound0", DUPLICATE_KEY), ("d.tar", "again", DUPLICATE_KEY)}
     not_read = {fault for fault in reported if fault[2] not in {*in_its_content, TRUNCATED, NOT_A_TAR}} - across_shards
@@ -216,6 +217,8 @@ def damage_index(folder: Path, change: str) -> None:
             del content["shards"][1]
         case "not json":
             content = {}
+        case "twice":
+            content["shards"].append(entry)
         case "elsewhere":
             entry["file"] = "../other/shard-00001.tar"
     if change != "not json":
@@ -235,6 +238,7 @@ def damage_index(folder: Path, change: str) -> None:
         ("missing", "shard-00001.tar", MISSING_SHARD),
         ("unlisted", "shard-00001.tar", UNLISTED_SHARD),
         ("not json", INDEX, BAD_INDEX),
+        ("twice", INDEX, BAD_INDEX),
         ("elsewhere", INDEX, BAD_INDEX),
     ],
 )
@@ -259,8 +263,13 @@ def test_a_model_may_set_other_limits(tmp_path: Path) -> None:
 def test_too_large_a_sample_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches memory that is bounded by what a tar holds instead of by us."""
     write_tar(tmp_path / "0.tar", [*pair("a"), ("b.jpg", bytes(100_000)), ("b.txt", b"x")])
-    monkeypatch.setattr("data_shards.indexing.LARGEST_SAMPLE", 50_000)
+    index_folder(tmp_path)
+    monkeypatch.setattr("data_shards.members.LARGEST_SAMPLE", 50_000)
     assert found(validate(tmp_path)) == {("0.tar", "b", OVERSIZED)}
+    opened = open_shards(tmp_path)
+    assert opened[0].key == "a"
+    with pytest.raises(SampleError, match=OVERSIZED):
+        opened[1]
 
 
 def test_a_report_is_a_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import tarfile
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from data_shards.account import Account
@@ -25,20 +22,6 @@ def base64_of(seed: int) -> str:
     return base64.b64encode(image_bytes(seed)).decode()
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes | tarfile.TarInfo]]) -> Path:
-    """A tar of files, or of headers as they are given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
 def link(name: str, target: str = "/etc/passwd") -> tarfile.TarInfo:
     """The header of a symbolic link."""
     info = tarfile.TarInfo(name)
@@ -53,8 +36,7 @@ def read(reader: Reader | Any) -> tuple[list[Document], Account]:
         for record in reader.records(part):
             documents += reader.documents(record, account)
     assert account.adds_up
-    media = [medium for document in documents for medium in document.media]
-    assert account.images_kept == sum(len(each.frames) if isinstance(each, Video) else 1 for each in media)
+    assert account.images_kept == sum(len(document.images) for document in documents)
     return documents, account
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_shards.faults import BAD_JSON, MISSING_IMAGE, NO_IMAGE, UNSAFE_NAME
+from data_shards.faults import BAD_JSON, BAD_RECORD, EMPTY, MISSING_IMAGE, NO_IMAGE, UNSAFE_NAME
 from data_shards.sources.folder import FolderReader
-from data_shards.sources.reading import BAD_RECORD, EMPTY
 from flamingo.document import Text
 from flamingo.errors import FlamingoError
 from tests.data_shards.sources.made import image_bytes, outline, read

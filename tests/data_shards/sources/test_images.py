@@ -15,7 +15,8 @@ from data_shards.faults import LINK, MISSING_IMAGE, NO_IMAGE, TOO_LARGE, TRUNCAT
 from data_shards.sources.images import FilesBeside, ImageStore, open_images
 from data_shards.sources.reading import image_file
 from flamingo.errors import FlamingoError
-from tests.data_shards.sources.made import image_bytes, link, write_tar
+from tests.data_shards.planted import write_tar
+from tests.data_shards.sources.made import image_bytes, link
 
 
 def opened(images: Path | str, table: Path | str = "") -> ImageStore:

@@ -16,21 +16,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.account import Account
-from data_shards.faults import BAD_JSON, BAD_MATRIX, LINK, MISSING_IMAGE, NO_DOCUMENT, NO_IMAGE, TRUNCATED, SampleError
-from data_shards.sources import Record
-from data_shards.sources.mmc4 import Mmc4Reader, assign, sample_document, similarity_matrix
-from data_shards.sources.reading import (
-    BAD_BASE64,
+from data_shards.faults import (
+    BAD_JSON,
+    BAD_MATRIX,
     BAD_RECORD,
     DISSIMILAR,
+    LINK,
+    MISSING_IMAGE,
+    NO_DOCUMENT,
+    NO_IMAGE,
     NO_IMAGES,
     SURPLUS,
     TOO_SMALL,
+    TRAILING,
+    TRUNCATED,
     UNPLACED,
-    Row,
+    SampleError,
 )
+from data_shards.sources import Record
+from data_shards.sources.mmc4 import Mmc4Reader, assign, sample_document, similarity_matrix
+from data_shards.sources.reading import BAD_BASE64, Row
 from flamingo.errors import FlamingoError
-from tests.data_shards.sources.made import base64_of, image_bytes, link, outline, read, write_tar
+from tests.data_shards.planted import write_tar
+from tests.data_shards.sources.made import base64_of, image_bytes, link, outline, read
 
 SENTENCES = ["s0.", "s1.", "s2."]
 
@@ -256,7 +264,7 @@ def test_lost_images_join_the_text_of_a_chat(tmp_path: Path) -> None:
 
 
 def test_faulty_tars(tmp_path: Path) -> None:
-    """A link followed out of a tar; a cut tar read as a whole one; what is no tar without its name."""
+    """A link followed out of a tar; a cut tar or two joined ones read as a whole one; no tar without its name."""
     content = json.dumps(page(info(1, 0))).encode()
     whole = write_tar(tmp_path / "a.tar", [("1.json", link("1.json")), ("2.json", content), ("3.json", content)])
     documents, account = read(Mmc4Reader(str(whole)))
@@ -267,6 +275,9 @@ def test_faulty_tars(tmp_path: Path) -> None:
     assert len(documents) == 1 and account.documents_dropped == {LINK: 1, TRUNCATED: 1}
     whole.write_bytes(data[: data.rindex(b"3.json")] + b"damage" * 300)
     assert read(Mmc4Reader(str(whole)))[1].documents_dropped[TRUNCATED] == 1
+    whole.write_bytes(data + data)
+    documents, account = read(Mmc4Reader(str(whole)))
+    assert len(documents) == 2 and account.documents_dropped == {LINK: 1, TRAILING: 1}
     whole.write_bytes(b"<html></html>" * 100)
     with pytest.raises(FlamingoError, match=r"a\.tar"):
         read(Mmc4Reader(str(whole)))

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.account import Account
-from data_shards.faults import BAD_JSON, MISSING_IMAGE, TRUNCATED, UNSAFE_NAME
+from data_shards.faults import BAD_JSON, BAD_RECORD, EMPTY, MISSING_IMAGE, NO_IMAGES, TRUNCATED, UNSAFE_NAME
 from data_shards.sources import Record
 from data_shards.sources.obelics import ObelicsReader
-from data_shards.sources.reading import BAD_RECORD, EMPTY, NO_IMAGES, Row
+from data_shards.sources.reading import Row
 from flamingo.errors import FlamingoError
-from tests.data_shards.sources.made import image_bytes, outline, read, write_tar
+from tests.data_shards.planted import write_tar
+from tests.data_shards.sources.made import image_bytes, outline, read
 
 METADATA = json.dumps({"url": "http://page", "warc_filename": "x"})
 

@@ -10,11 +10,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards.faults import BAD_JSON, DUPLICATE_KEY, LINK, MISSING_IMAGE, NO_IMAGE, UNSAFE_NAME, SampleError
+from data_shards.faults import (
+    BAD_JSON,
+    BAD_RECORD,
+    DUPLICATE_KEY,
+    LINK,
+    MISSING_IMAGE,
+    NO_CAPTION,
+    NO_IMAGE,
+    UNSAFE_NAME,
+    SampleError,
+)
 from data_shards.sources.pairs import PairsReader, sample_document
-from data_shards.sources.reading import BAD_RECORD, NO_CAPTION
 from flamingo.errors import FlamingoError
-from tests.data_shards.sources.made import image_bytes, link, outline, read, write_tar
+from tests.data_shards.planted import write_tar
+from tests.data_shards.sources.made import image_bytes, link, outline, read
 
 
 def test_img2dataset_tars(tmp_path: Path) -> None:
