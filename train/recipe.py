@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -221,6 +221,8 @@ class Recipe:
     """steps between two checkpoints"""
     keep_checkpoints: int = 2
     """how many of the newest checkpoints stay"""
+    keep_every: int = 0
+    """the checkpoint of every so many steps stays too; 0: none"""
     non_finite_limit: int = 10
     """steps in a row whose loss or gradient is not finite, after which the run stops; each such step is skipped"""
     resume_anyway: bool = False
@@ -257,6 +259,8 @@ class Recipe:
                 raise FlamingoError(f"{name}={number}: expected a positive number")
         if not 0 <= self.data.max_fault_share <= 1:
             raise FlamingoError(f"data.max_fault_share={self.data.max_fault_share}: expected a share, 0 to 1")
+        if self.keep_every < 0:
+            raise FlamingoError(f"keep_every={self.keep_every}: expected 0 or more steps")
         if self.data.cache_gb <= 0:
             raise FlamingoError(f"data.cache_gb={self.data.cache_gb}: expected a positive number")
         if self.data.workers < 0:
@@ -296,8 +300,26 @@ def from_command_line(
     )
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="recipe file (YAML)")
     parser.add_class_arguments(recipe)
+    return _instance(recipe, parser, lambda: parser.parse_args(arguments))
+
+
+def from_dict(recipe: type[R], values: Mapping[str, Any], source: str) -> R:
+    """The inverse of `Recipe.as_dict`, for what was read from JSON.
+
+    Raises:
+        FlamingoError: for an unknown key or a value of another type; it names `source`.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(recipe)
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
+        return _instance(recipe, parser, lambda: parser.parse_object(dict(values)))
+    except FlamingoError as error:
+        raise FlamingoError(f"{source}: {error}") from error
+
+
+def _instance(recipe: type[R], parser: jsonargparse.ArgumentParser, parse: Callable[[], Any]) -> R:
+    try:
+        parsed = parser.instantiate(parse())
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         raise FlamingoError(" ".join(str(error).split())) from error
     return recipe(**{field.name: parsed[field.name] for field in fields(recipe)})  # type: ignore[arg-type]
