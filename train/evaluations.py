@@ -1,0 +1,213 @@
+"""Few-shot scores and generations while training, which leave the training exactly as it was.
+
+All processes take part. Under DDP each scores its share of the queries with its own copy of the model. Under FSDP the
+parameters are gathered on every process for the time of an evaluation, which needs room for the whole model there, but
+not for gradients or activations: the passes then exchange nothing, so processes need not make equally many.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.document import Document, Image, Segment, Text
+from flamingo.processing import END_OF_CHUNK
+from icl_eval.demonstrations import check_shots, draw_episode
+from icl_eval.diagnostics import Prompt, plain
+from icl_eval.evaluation import evaluate
+from icl_eval.sources import Pool, load_pool
+from icl_eval.tasks import HELD_OUT, Task, load_task
+from train.checkpoint import TrainingState
+from train.parallel import Processes
+from train.recipe import Recipe
+from train.tracking import Generation, Tracker
+
+SIDE = 160
+"""Pixels of the longer side of a picture in the table of generations, at most."""
+SPARE_TOKENS = 4
+"""How much longer than the longest label an answer may become."""
+
+
+@dataclass
+class Evaluations:
+    """The evaluations of a run; making them checks tasks and shots, before training takes time.
+
+    Raises:
+        FlamingoError: where a task is unknown or malformed, or asks for more shots than it has pictures.
+    """
+
+    recipe: Recipe
+    state: TrainingState
+    processor: FlamingoProcessor
+    tracker: Tracker
+    processes: Processes
+    tasks: list[Task] = field(default_factory=list, init=False)
+    pools: dict[str, Pool] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.recipe.evaluation.every:
+            return
+        self.tasks = [self._prepared(name) for name in self.recipe.evaluation.tasks]
+        for task in self.tasks:
+            self.pools[task.name] = load_pool(task)
+            for shots in task.shots:
+                check_shots(task, self.pools[task.name], shots)
+
+    def _prepared(self, name: str) -> Task:
+        """A task with the recipe's split, shots and number of queries."""
+        settings, task = self.recipe.evaluation, load_task(name)
+        split = settings.split if settings.split and task.split in HELD_OUT else task.split
+        shots = tuple(sorted(set(settings.shots))) if any(task.shots) else task.shots
+        return replace(task, split=split, shots=shots, episodes=settings.queries)
+
+    def run(self, step: int) -> None:
+        """Evaluate the model as it is after `step`; all processes call this.
+
+        The log gets `fewshot/TASK/SHOTS`, accuracies, and a table of generations. Neither modes of modules nor random
+        states nor buffers are others afterwards: the losses that follow are those of a run without evaluations.
+        """
+        model = self.state.model
+        with undisturbed(model), gathered(model):
+            results = evaluate(model, self.processor, self.tasks, batch_size=self.recipe.evaluation.batch)
+            generations = self._generations() if self.processes.is_main else []
+        scores = {f"fewshot/{cell.task}/{cell.shots}": cell.score for cell in results.cells}
+        self.tracker.log(step, scores | {"samples": float(step * self.recipe.batch)}, generations)
+
+    def _generations(self) -> list[Generation]:
+        """Answers to the first queries of every task: always the same ones, so that one sees the model learn."""
+        count = min(self.recipe.evaluation.generations, self.recipe.evaluation.queries)
+        return [each for task in self.tasks for each in self._answered(task, count)] if count else []
+
+    def _answered(self, task: Task, count: int) -> list[Generation]:
+        """The task's first queries, each after as few demonstrations as there may be."""
+        pool, shots = self.pools[task.name], min((shots for shots in task.shots if shots), default=0)
+        episodes = [draw_episode(task, pool, task.seed, number) for number in range(count)]
+        prompts = [plain(episode, shots) for episode in episodes]
+        documents = [prompt_document(task, pool, prompt) for prompt in prompts]
+        labels = {task.answer_text(name) for episode in episodes for name in episode.names}
+        answers = generate(self.state.model, self.processor, documents, longest=labels)
+        return [
+            Generation(
+                task=task.name,
+                shots=shots,
+                query=episode.query_id,
+                demonstrations=in_a_row(document.images[:-1]),
+                prompt=self.processor.encode(document).text,
+                picture=small(document.images[-1]),
+                answer=(right := _label(task, task.answer_text(episode.names[episode.target]))),
+                generated=answer,
+                right=answer == right,
+            )
+            for episode, document, answer in zip(episodes, documents, answers, strict=True)
+        ]
+
+
+def prompt_document(task: Task, pool: Pool, prompt: Prompt) -> Document:
+    """Demonstrations and query as the document that the model goes on from."""
+    *shown, query = pool.images([*prompt.images, prompt.query])
+    segments: list[Segment] = []
+    for image, label in zip(shown, prompt.labels, strict=True):
+        segments += [image, Text(task.answer_text(label))]
+    segments += [query, Text(task.prompt_text)]
+    return Document(tuple(segments), complete=False)
+
+
+def generate(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, documents: list[Document], longest: set[str]
+) -> list[str]:
+    """What the model most likely says after each document, up to `<|endofchunk|>`, without spaces around it.
+
+    Args:
+        longest: texts, of which the longest says how long an answer may become.
+    """
+    batch = processor(documents=documents, padding_side="left").to(model.device)
+    tokens = max(len(processor.tokenizer(text, add_special_tokens=False).input_ids) for text in longest)
+    ids = model.generate(
+        **{name: value for name, value in batch.items() if name != "labels"},
+        max_new_tokens=tokens + SPARE_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        synced_gpus=False,  # this process alone
+    )
+    new = ids[:, batch["input_ids"].shape[1] :]
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.partition(END_OF_CHUNK)[0].strip() for text in texts]
+
+
+def _label(task: Task, text: str) -> str:
+    """What the model has to say after the prompt for the answer `text`."""
+    return text.removeprefix(task.prompt_text).strip()
+
+
+def small(image: Image) -> PilImage.Image:
+    """The picture, its longer side at most `SIDE` pixels."""
+    picture = PilImage.open(io.BytesIO(image.data)).convert("RGB")
+    picture.thumbnail((SIDE, SIDE))
+    return picture
+
+
+def in_a_row(images: tuple[Image, ...]) -> PilImage.Image | None:
+    """Pictures side by side on white; None for none."""
+    if not images:
+        return None
+    pictures = [small(image) for image in images]
+    gap = 2
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    row = PilImage.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width + gap
+    return row
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; afterwards modes, buffers and random states are what they were.
+
+    Buffers, because some LMs compute theirs anew for longer texts (rotary embeddings), and what is made in inference
+    mode cannot be trained with.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  others' code may use them
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            model.eval()
+            yield
+    finally:
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])  # noqa: NPY002
+        for module, held in buffers:
+            module._buffers.update(held)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it every process holds all parameters of a model that FSDP shards; all processes enter and leave it.
+
+    Without FSDP nothing happens. Parameters come in the precision in which FSDP computes.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)  # as FSDP has it by itself
+            part.reshard()
