@@ -15,7 +15,7 @@ Legend: T tokens of a document, V vision tokens of a frame, R latents, D width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -111,8 +111,11 @@ class OperationCounter:
             inputs: `attention_mask` (B, T) or `documents` (B, T), `labels` (B, T), `pixel_values` (N, F, C, H, W).
         """
         media, frames, _, height, width = inputs["pixel_values"].shape
+        lengths = _lengths(inputs["documents" if "documents" in inputs else "attention_mask"])
         return self.total(
-            lengths=_lengths(inputs["documents" if "documents" in inputs else "attention_mask"]).tolist(),
+            documents=len(lengths),
+            tokens=int(lengths.sum()),
+            pairs=float(lengths.square().sum()) / 2,
             supervised=int((inputs["labels"][:, 1:] != IGNORED).sum()),
             media=media,
             frames=media * frames,
@@ -120,14 +123,23 @@ class OperationCounter:
         )
 
     def total(
-        self, *, lengths: Sequence[float], supervised: float, media: float, frames: float, size: tuple[int, int]
+        self,
+        *,
+        documents: float,
+        tokens: float,
+        pairs: float,
+        supervised: float,
+        media: float,
+        frames: float,
+        size: tuple[int, int],
     ) -> float:
-        """Operations of documents of `lengths` tokens, with so many supervised tokens, media and frames in all.
+        """Operations of so many documents with, in all, so many tokens, supervised tokens, media and their frames.
 
-        `size` is a frame's height and width in pixels.
+        Args:
+            pairs: of a token and one of its own document that it sees: half the square of each document's length.
+            size: height and width of a frame in pixels.
         """
-        tokens, pairs = sum(lengths), sum(length**2 / 2 for length in lengths)
-        seen = 1.0 if self.config.media_attention == "previous" else (media / max(len(lengths), 1) + 1) / 2
+        seen = 1.0 if self.config.media_attention == "previous" else (media / max(documents, 1) + 1) / 2
         total = tokens * (self._token + seen * self._sight) + pairs * self._pair + supervised * self._supervised
         if frames:
             tower, vision_tokens = self._tower(size)
