@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
+from data_shards.convert import ACCOUNT
 from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
 from data_shards.shards import open_shards
@@ -17,14 +22,26 @@ from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, from_b
 from flamingo.backbones import backbone_identity
 from flamingo.errors import FlamingoError, command_line
 from flamingo.files import whole, write_text
+from icl_eval.evaluation import provenance
 from train import loop
-from train.checkpoint import Checkpoints, TrainingState
+from train.card import model_card
+from train.checkpoint import Checkpoints, TrainingState, newest_record
 from train.faults import Faults
 from train.optim import build_optimizer, build_schedule
 from train.parallel import Processes, processes
+from train.preemption import Preemption, end
 from train.progress import Progress
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
 from train.tracking import Tracker
+
+
+@dataclass
+class Command(Recipe):
+    """A recipe, and what to do with it."""
+
+    dry_run: bool = False
+    """build everything without memory for it, print the plan, and train nothing"""
+
 
 SEQUENCE_OPTIONS = ("max_tokens", "max_media", "next_media", "rules", "leading_space", "flip", "crop", "packing")
 
@@ -33,7 +50,8 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     """Run a recipe from where it stands, and return the folder of the trained model.
 
     Raises:
-        FlamingoError: where shards, backbones or the recipe are not as expected.
+        FlamingoError: where shards, backbones or the recipe are not as expected, or a checkpoint cannot be written.
+        SystemExit: where the machine was wanted back, after the state is saved (`train.preemption.end`).
     """
     recipe.check(processes.world)
     if recipe.data.glyphs is not None:
@@ -44,43 +62,69 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     if recipe.data.glyphs is not None:
         check_language_model(model, processor)
     model.to(processes.device)
+    prepared = processes.replicate(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     out = Path(recipe.out)
     faults = Faults(processes, out, recipe.data.max_fault_share)
     state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, recipe.steps), faults)
-    checkpoints = Checkpoints(out, identity(recipe, sources, processor), processes, recipe.keep_checkpoints)
-    resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
-    if processes.is_main and resumed:
-        print(f"resumed from step {state.step} of {recipe.steps} in {out}")
-    unfinished = state.step < recipe.steps
-    if unfinished:
-        data = MicroBatches(
-            sources,
-            Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe)),
-            micro_batch=recipe.micro_batch,
-            seed=recipe.seed,
-        )
-        batches = rank_batches(
-            data,
-            batch=recipe.batch,
-            start_step=state.step,
-            steps=recipe.steps - state.step,
-            rank=processes.rank,
-            world=processes.world,
-            workers=recipe.data.workers,
-        )
-        with (
-            Tracker(out, project=recipe.tracking.project, name=out.name, mode=recipe.tracking.mode,
-                    config=recipe.as_dict(), resume_id=state.run_id, start_step=state.step) as tracker,
-            Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
-        ):  # fmt: skip
-            state.run_id = tracker.run_id
-            replicated = processes.replicate(model)
-            loop.run(recipe, state, replicated, data, batches, checkpoints, tracker, progress, processes)
-    if processes.is_main and (unfinished or not (out / "model").exists()):
-        save_model(model, processor, recipe, out / "model")
+    with Checkpoints(
+        out,
+        identity(recipe, sources, processor),
+        processes,
+        recipe.keep_checkpoints,
+        recipe.keep_every,
+        about(recipe, sources),
+    ) as checkpoints:
+        resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
+        if processes.is_main and resumed:
+            print(f"resumed from step {state.step} of {recipe.steps} in {out}")
+        unfinished = state.step < recipe.steps
+        if unfinished:
+            train(recipe, state, prepared, sources, processor, checkpoints, processes)
+    if state.step < recipe.steps:
+        end(out, state.step, processes)
+    if unfinished or not (out / "model").exists():
+        save_model(model, processor, newest_record(out), out / "model", processes)
     processes.wait()
     return out / "model"
+
+
+def train(
+    recipe: Recipe,
+    state: TrainingState,
+    prepared: nn.Module,
+    sources: list[Source],
+    processor: FlamingoProcessor,
+    checkpoints: Checkpoints,
+    processes: Processes,
+) -> None:
+    """Set up what the loop reads from and writes to, and run it; `prepared` is `state.model`, made parallel."""
+    data = MicroBatches(
+        sources,
+        Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe)),
+        micro_batch=recipe.micro_batch,
+        seed=recipe.seed,
+    )
+    batches = rank_batches(
+        data,
+        batch=recipe.batch,
+        start_step=state.step,
+        steps=recipe.steps - state.step,
+        rank=processes.rank,
+        world=processes.world,
+        workers=recipe.data.workers,
+    )
+    out = Path(recipe.out)
+    with (
+        Tracker(out, project=recipe.tracking.project, name=out.name, mode=recipe.tracking.mode,
+                config=recipe.as_dict(), resume_id=state.run_id, start_step=state.step) as tracker,
+        Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
+        Preemption(processes, watch=checkpoints.watch) as preemption,
+    ):  # fmt: skip
+        state.run_id = tracker.run_id
+        loop.run(
+            recipe, state, prepared, data, batches, checkpoints, tracker, progress, processes, preemption=preemption
+        )
 
 
 def open_sources(recipe: Recipe) -> list[Source]:
@@ -162,6 +206,17 @@ def identity(recipe: Recipe, sources: list[Source], processor: FlamingoProcessor
     return json.loads(json.dumps({**kept, **sequence_options(recipe), "sources": mixture}))  # as it will be read back
 
 
+def about(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
+    """What a checkpoint says of its making, beside what it must share with the run that goes on from it."""
+    documents = {source.name: len(source.shards) for source in sources}
+    accounts = {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, source in recipe.data.sources.items()
+        if (file := recipe.path(source.shards) / ACCOUNT).is_file()
+    }
+    return {"recipe": recipe.as_dict(), "documents": documents, "accounts": accounts, "made_by": provenance()}
+
+
 def tokenizer_identity(processor: FlamingoProcessor) -> str:
     """SHA-256 over all that makes tokens of text; how batches are padded and cut is no part of it."""
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
@@ -169,13 +224,31 @@ def tokenizer_identity(processor: FlamingoProcessor) -> str:
 
 
 def save_model(
-    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, folder: Path
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+    record: dict[str, Any],
+    folder: Path,
+    processes: Processes,
 ) -> None:
-    """Write a `from_pretrained` folder with the recipe beside the weights, whole or not at all."""
-    with whole(folder) as unfinished:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        write_text(unfinished / "recipe.json", json.dumps(recipe.as_dict(), indent=1) + "\n")
+    """Write a `from_pretrained` folder, with recipe and model card beside the weights, whole or not at all.
+
+    Args:
+        record: `run.json` of the checkpoint that holds the same state.
+    """
+    tensors = whole_tensors(model)
+    if processes.is_main:
+        with whole(folder) as unfinished:
+            model.save_pretrained(unfinished, state_dict=tensors)
+            processor.save_pretrained(unfinished)
+            write_text(unfinished / "recipe.json", json.dumps(record["recipe"], indent=1) + "\n")
+            write_text(unfinished / "README.md", model_card(record))
+
+
+def whole_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Any] | None:
+    """All tensors of a model whose parameters are shared out, in the main process; None where they are not."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 @command_line
@@ -183,7 +256,13 @@ def main() -> None:
     """Entry point of `flamingo-pretrain`."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    recipe = from_command_line(Recipe, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
+    command = from_command_line(Command, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
+    recipe = Recipe(**{field.name: getattr(command, field.name) for field in fields(Recipe)})
+    if command.dry_run:
+        from train.plan import dry_run  # it builds what this module builds
+
+        dry_run(recipe)
+        return
     with processes() as group:
         folder = pretrain(recipe, group)
         if group.is_main:
