@@ -34,6 +34,7 @@ from PIL import Image as PilImage
 
 from data_shards.account import Account
 from data_shards.faults import IMAGE_MARK, NO_IMAGES, NO_TEXT, UNREADABLE, Fault
+from data_shards.sequences import image_marks
 from data_shards.shards import INDEX, ShardWriter, write_index
 from data_shards.sources import Reader, Record
 from data_shards.splitting import check_limits, split, token_counter
@@ -41,7 +42,6 @@ from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import write_text
 from flamingo.images import decode
-from flamingo.processing import IMAGE_TOKEN
 
 PLAN, ACCOUNT, JOURNAL = "conversion.json", "account.json", ".conversion"
 FORMAT = 1
@@ -368,7 +368,7 @@ class _Worker:
             raise AssertionError(f"internal error: {record.place}: the reader's account does not add up: {account}")
         if self.job.options.max_edge is not None or self.job.options.check_images:
             documents = _with_good_images(documents, self.job.options, record.place, account)
-        documents = _keep(documents, _is_unmarked, IMAGE_MARK, record.place, account)
+        documents = _keep(documents, lambda each: not image_marks(each), IMAGE_MARK, record.place, account)
         pieces = [piece for document in documents for piece in self._split(document)]
         pieces = _keep(pieces, _has_text, NO_TEXT, record.place, account)
         account.samples += len(pieces)
@@ -411,10 +411,6 @@ def _drop_kept_images(place: str, reason: str, number: int, account: Account) ->
         account.images_kept -= 1
         account.images_read -= 1
         account.drop_image(place, reason)
-
-
-def _is_unmarked(document: Document) -> bool:
-    return not any(isinstance(each, Text) and IMAGE_TOKEN in each.text for each in document.segments)
 
 
 def _has_text(document: Document) -> bool:

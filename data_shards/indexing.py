@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -51,6 +51,8 @@ EXTENSIONS = (
 )
 LARGEST_EXTENSION = 1 << 20
 """bytes of a header that only extends the next one (long names): a larger one is taken for damage, not read"""
+NAMED = 8
+"""members or places that a fault's detail names at the most"""
 DETECTED = 20
 """samples that are read to tell the form of a set"""
 
@@ -128,8 +130,9 @@ class Contents:
         for number, span in enumerate(self.spans):
             places[span.key].append(number)
             if len(set(span.suffixes)) < len(span.suffixes):
-                twice = sorted({suffix for suffix in span.suffixes if span.suffixes.count(suffix) > 1})
-                self.faults.append(Fault(self.shard, span.key, DUPLICATE_KEY, f"twice in a row: {', '.join(twice)}"))
+                twice = [suffix for suffix, count in Counter(span.suffixes).items() if count > 1]
+                detail = f"twice in a row: {', '.join(twice[:NAMED])}"
+                self.faults.append(Fault(self.shard, span.key, DUPLICATE_KEY, detail))
                 span.faulty = True
         for key, numbers in places.items():
             if len(numbers) == 1:
@@ -137,7 +140,7 @@ class Contents:
             starts = [self.spans[number].start for number in numbers]
             suffixes = [suffix for number in numbers for suffix in self.spans[number].suffixes]
             if len(set(suffixes)) == len(suffixes):
-                self.faults.append(Fault(self.shard, key, APART, f"at bytes {', '.join(map(str, starts))}"))
+                self.faults.append(Fault(self.shard, key, APART, f"at bytes {', '.join(map(str, starts[:NAMED]))}"))
             else:
                 numbers = numbers[1:]
                 self.repeated += numbers
@@ -339,8 +342,8 @@ def detect(paths: Iterable[Path]) -> SamplesForm:
         return "documents"
     suffixes = sorted({suffix for span in seen for suffix in span.suffixes})
     raise FlamingoError(
-        f"samples such as {seen[0].key!r} with members {', '.join(suffixes[:8])}: expected documents, mmc4 or pairs; "
-        "say samples=… if they are of one of these forms"
+        f"samples such as {seen[0].key!r} with members {', '.join(suffixes[:NAMED])}: expected documents, mmc4 or "
+        "pairs; say samples=… if they are of one of these forms"
     )
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchFeature
 
-from data_shards.faults import NOTHING_SUPERVISED, SampleError
+from data_shards.faults import IMAGE_MARK, NOTHING_SUPERVISED, SampleError
 from flamingo.document import Document, Segment, Text
 from flamingo.errors import FlamingoError
 from flamingo.images import Crop, View
-from flamingo.processing import IGNORED, RULES, Encoding, FlamingoProcessor
+from flamingo.processing import IGNORED, IMAGE_TOKEN, RULES, Encoding, FlamingoProcessor
 
 ASPECTS = (3 / 4, 4 / 3)
 """Between which a crop's width ÷ height is drawn (torchvision's random resized crop)."""
@@ -80,9 +80,10 @@ class Sequences:
         """The sequence of one document; at least one of its tokens counts in the loss.
 
         Raises:
-            SampleError: where no token of the document does; it names the document.
-            FlamingoError: where text holds `<image>` itself.
+            SampleError: where no token of the document does, or a text holds `<image>`; it names the document.
         """
+        if marks := image_marks(document):
+            raise SampleError(IMAGE_MARK, f"document {document.key or '?'}: {marks} {IMAGE_TOKEN} in its texts")
         if self.leading_space and generator.random() < self.leading_space:
             document = _spaced(document)
         for window, reaches_end in self._windows(document, generator):
@@ -211,6 +212,11 @@ class Sequences:
         least, most = map(math.log, ASPECTS)
         crop = Crop(self.crop + (1 - self.crop) * area, math.exp(least + (most - least) * aspect), top, left)
         return View(flip < self.flip, crop if self.crop < 1 else None)
+
+
+def image_marks(document: Document) -> int:
+    """How often the texts of a document hold `<image>`, which would be taken for the place of a medium."""
+    return sum(segment.text.count(IMAGE_TOKEN) for segment in document.segments if isinstance(segment, Text))
 
 
 def _spaced(document: Document) -> Document:

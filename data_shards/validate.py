@@ -29,6 +29,7 @@ from data_shards.faults import (
 from data_shards.indexing import Contents, SamplesForm, Span, detect, scan, tars, unreadable
 from data_shards.parallel import over_files
 from data_shards.report import Report
+from data_shards.sequences import image_marks
 from data_shards.shards import INDEX, Folder, Shard, load_offsets, make_document, offsets_path, read_index
 from flamingo.document import Document, Text
 from flamingo.errors import FlamingoError
@@ -214,8 +215,7 @@ def _check_text(document: Document) -> Iterator[tuple[str, str]]:
     if not texts and not document.media:
         yield EMPTY, f"{len(document.segments)} segments"
         return
-    marks = sum(text.text.count(IMAGE_TOKEN) for text in texts)
-    if marks:
+    if marks := image_marks(document):
         yield IMAGE_MARK, f"{marks} {IMAGE_TOKEN} in its texts"
     elif not any(text.supervised for text in texts):
         yield NOTHING_SUPERVISED, f"{len(texts)} texts, none supervised"

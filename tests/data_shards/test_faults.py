@@ -18,6 +18,7 @@ from data_shards.faults import (
     BAD_JSON,
     BAD_MATRIX,
     DUPLICATE_KEY,
+    IMAGE_MARK,
     LINK,
     MISSING_IMAGE,
     NO_DOCUMENT,
@@ -40,7 +41,7 @@ from data_shards.shards import offsets_path, open_shards, write_shards
 from flamingo import Document, FlamingoProcessor, Image, Text
 from flamingo.images import resize
 from flamingo.processing import Encoding
-from tests.data_shards.planted import Member, good, huge_png, mmc4, symlink, write_tar, written
+from tests.data_shards.planted import Member, good, huge_png, mmc4, png, symlink, write_tar, written
 from tests.flamingo.test_images import COLOURS, KINDS, STORED, exif, save
 from tests.tiny import document, tiny_flamingo
 
@@ -73,6 +74,7 @@ def planted(folder: Path) -> tuple[dict[tuple[str, str], str], set[str]]:
         "still": (written("still", {"video": []}, {"text": "no frame"}), NO_DOCUMENT),
         "bare": ([("bare.0.png", b"x")], NO_DOCUMENT),
         "silent": (written("silent", {"text": "nothing counts", "supervised": False}), NOTHING_SUPERVISED),
+        "mark": (written("mark", shown[0], {"text": "an <image> here"}, _0png=png()), IMAGE_MARK),
         "nothing": (written("nothing"), NOTHING_SUPERVISED),
         "twice": (good("twice") + good("twice"), DUPLICATE_KEY),
         "../../escaped": (good("../../escaped"), UNSAFE_NAME),
