@@ -24,11 +24,13 @@ class Metric:
         name: exact, or with a trailing `*`.
         meaning: what is measured, with its unit.
         axis: a key of `AXES`: what W&B draws it against by itself.
+        repeats: whether a step that is computed again, after an interruption, has the same value again.
     """
 
     name: str
     meaning: str
     axis: str = "samples"
+    repeats: bool = True
 
 
 METRICS = (
@@ -41,11 +43,11 @@ METRICS = (
     Metric("gradient_norm", "global norm before clipping"),
     Metric("gradient_norm/*", "the same of each group of parameters"),
     Metric("learning_rate/*", "of each group of parameters"),
-    Metric("tokens_per_second", "tokens read a second, over all processes"),
-    Metric("images_per_second", "images read a second, over all processes"),
-    Metric("mfu", "share of the GPUs' peak operations that the model's own need, 0 to 1"),
-    Metric("memory_gb", "largest memory held by a process, 10⁹ bytes"),
-    Metric("data_wait_share", "share of time spent waiting for data, 0 to 1"),
+    Metric("tokens_per_second", "tokens read a second, over all processes", repeats=False),
+    Metric("images_per_second", "images read a second, over all processes", repeats=False),
+    Metric("mfu", "share of the GPUs' peak operations that the model's own need, 0 to 1", repeats=False),
+    Metric("memory_gb", "largest memory held by a process, 10⁹ bytes", repeats=False),
+    Metric("data_wait_share", "share of time spent waiting for data, 0 to 1", repeats=False),
     Metric("skipped_steps", "steps skipped for a loss or gradient that was not finite, since the first step"),
     Metric("faults/*", "samples replaced, by source and by reason, since the first step"),
     Metric("epoch/*", "how often each source was gone through"),

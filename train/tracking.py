@@ -320,10 +320,10 @@ def _resolve(mode: Mode) -> Literal["offline", "online", "disabled"]:
             return "offline"
         case "disabled":
             return "disabled"
-    return "online" if _has_key() else "offline"
+    return "online" if has_key() else "offline"
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B would find credentials without asking, looked up where W&B itself looks."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
