@@ -1,4 +1,23 @@
-"""The processes of a run: what torchrun started, or this one alone."""
+"""The processes of a run, and how they share the work: one process, DDP or FSDP2, as the recipe says.
+
+`prepare` makes the model ready before the optimizer is built; `state.model` stays what it was, a Flamingo, and what the
+loop calls is what `prepare` returns. What is done is the same in all kinds, so losses differ by rounding alone:
+
+| part | one process, ddp | fsdp |
+|---|---|---|
+| frozen decoder layers | whole | shared out, gathered one at a time |
+| gated blocks | whole | shared out, gathered one at a time |
+| resampler, and the blocks' projections of media | whole | shared out, gathered as one |
+| embeddings, head, norms, new tokens (tied ones lie together) | whole | shared out, gathered for the whole step |
+| trained vision tower | whole | as these: it is there without a call |
+| frozen vision tower | whole | whole |
+
+A frozen tower has no gradient and no optimizer state to share out; and a process without images does not call it, and so
+would miss a collective that others wait in.
+
+Matrix products in bfloat16 are torch.autocast's in every kind: parameters that train, their gradients, the sums over
+processes and the optimizer's state stay float32.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +26,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+
+from flamingo import FlamingoForConditionalGeneration
+from flamingo.cross_attention import GatedCrossAttention
+from flamingo.errors import FlamingoError
+from flamingo.modeling import decoder_layers
+from train.recipe import ParallelRecipe
 
 
 @dataclass(frozen=True)
@@ -35,11 +66,23 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all of them ask, and get the same answer."""
+        return bool(self.most(float(flag)))
+
+    def most(self, number: float) -> float:
+        """The largest of what the processes give; all of them ask."""
         if self.world == 1:
-            return flag
-        raised = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised)
+            return number
+        largest = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What every process gives, by ranks: plain data, pickled and slow."""
+        if self.world == 1:
+            return [thing]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, thing)
+        return everyone
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -47,30 +90,17 @@ class Processes:
             dist.barrier()
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """The model under DDP; the model itself where there is one process.
-
-        Every trained parameter takes part in every step (media may be absent, modules are not), so that DDP need not
-        look for unused ones. Buffers are those of frozen backbones, equal everywhere, and are not sent around.
-        """
-        if self.world == 1:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # Its successor, from torch 2.13 on, still sends them once, and is missing in older versions.
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            return DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-
-
-def without_synchronisation(model: nn.Module, skip: bool) -> AbstractContextManager[None]:
-    """Within it DDP keeps gradients to itself: for all micro-batches of a step but the last."""
-    return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
+        """The model under DDP; the model itself where there is one process."""
+        return replicate(model, self)
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
-    """Join the process group of torchrun (NCCL on GPUs, Gloo on CPUs) and leave it at the end."""
+def processes(timeout: float = ParallelRecipe.timeout) -> Iterator[Processes]:
+    """Join the process group of torchrun (NCCL on GPUs, and Gloo beside it for what lies on CPUs) and leave it at last.
+
+    Args:
+        timeout: seconds after which waiting for a process that does not answer is an error.
+    """
     world, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -78,8 +108,168 @@ def processes() -> Iterator[Processes]:
     if world == 1:
         yield Processes(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield Processes(dist.get_rank(), world, device)
     finally:
         dist.destroy_process_group()
+
+
+def prepare(model: FlamingoForConditionalGeneration, recipe: ParallelRecipe, processes: Processes) -> nn.Module:
+    """Place the model, share it out as the recipe says, and return what the loop calls.
+
+    Call it before the optimizer is built: fsdp exchanges the model's parameters for shards of them. Afterwards the
+    model is on `processes.device` (with `cpu_offload`, shards are not).
+
+    Raises:
+        FlamingoError: where the recipe asks for what cannot be.
+    """
+    recipe.check()
+    if recipe.frozen_in_bfloat16:
+        store_frozen_in_bfloat16(model)
+    if recipe.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    sharded = recipe.kind == "fsdp" and processes.world > 1
+    if sharded:
+        shard(model, processes, offload=recipe.cpu_offload)
+    else:
+        model.to(processes.device)
+    plain = recipe.precision == "float32" and not recipe.compile
+    forward = model if plain else Forward(model, recipe, processes.device)
+    return forward if sharded else replicate(forward, processes)
+
+
+class Forward(nn.Module):
+    """A Flamingo's forward pass in the precision of the recipe, compiled where it says so."""
+
+    def __init__(self, model: FlamingoForConditionalGeneration, recipe: ParallelRecipe, device: torch.device):
+        super().__init__()
+        self.model = torch.compile(model, dynamic=True) if recipe.compile else model
+        self.compiled = recipe.compile
+        self.device, self.autocast = device.type, recipe.precision == "bfloat16"
+
+    def forward(self, **inputs: Any) -> Any:
+        """As the Flamingo's own.
+
+        Raises:
+            FlamingoError: where it cannot be compiled.
+        """
+        if self.compiled and "media_per_sample" in inputs:  # the graph may not ask
+            inputs["media_slots"] = int(inputs["media_per_sample"].max())
+        try:
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+                return self.model(**inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first = next(iter(str(error).splitlines()), "")
+            raise FlamingoError(
+                f"parallel.compile: this model cannot be compiled here ({type(error).__name__}: {first}); "
+                "expected parallel.compile=false"
+            ) from error
+
+
+def replicate(model: nn.Module, processes: Processes) -> nn.Module:
+    """The model under DDP; the model itself where there is one process.
+
+    Every trained parameter takes part in every step (media may be absent, modules are not), so that DDP need not look
+    for unused ones. Buffers are those of frozen backbones, equal everywhere, and are not sent around.
+    """
+    if processes.world == 1:
+        return model
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        # Its successor, from torch 2.13 on, still sends them once, and is missing in older versions.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model: FlamingoForConditionalGeneration, processes: Processes, *, offload: bool = False) -> None:
+    """Share the model's parameters out over the processes, in place, with FSDP2; the table above says which how.
+
+    A gated block's projection of media lies with the resampler and not with its block: it is called before the LM, so
+    that the block would be gathered twice.
+    """
+    # OPT's layers do; nothing is written into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    tower = set(model.vision_tower.parameters())
+    ignored = tower if not any(parameter.requires_grad for parameter in tower) else set()
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(processes.device.type, (processes.world,)),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+    }
+    blocks = cast(list[GatedCrossAttention], list(model.cross_attention))
+    fully_shard([model.resampler, *(block.attn.to_kv for block in blocks)], **options)
+    for module in (*blocks, *decoder_layers(model.language_model, model.config.decoder_layers)):
+        fully_shard(module, **options)
+    fully_shard(model, ignored_params=ignored, **options)
+    if ignored:
+        model.vision_tower.to(processes.device)
+
+
+def store_frozen_in_bfloat16(model: FlamingoForConditionalGeneration) -> None:
+    """Store the parameters of backbones that are wholly frozen in bfloat16.
+
+    Their buffers stay as they are (rotary frequencies lose positions in bfloat16), and so do batch norms.
+    """
+    for backbone in model.backbones().values():
+        if any(parameter.requires_grad for parameter in backbone.parameters()):
+            continue
+        for module in backbone.modules():
+            if not isinstance(module, _NormBase):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def sharded_root(model: nn.Module) -> FSDPModule | None:
+    """The outermost module that FSDP2 shares out; None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+
+
+@contextmanager
+def without_synchronisation(model: nn.Module, skip: bool) -> Iterator[None]:
+    """Within it processes keep gradients to themselves: for all micro-batches of a step but the last.
+
+    Under FSDP2 gradients then lie whole in every process until the last micro-batch.
+    """
+    if (root := sharded_root(model)) is not None:
+        root.set_requires_gradient_sync(not skip)
+    apart: AbstractContextManager[None] = nullcontext()
+    if skip and isinstance(model, DistributedDataParallel):
+        apart = model.no_sync()
+    with apart:
+        yield
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it every process holds all parameters, and may call any method of the model without the others.
+
+    For evaluation; without gradients. All processes enter and leave together. Without FSDP2 it does nothing.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def hold(held: bool) -> None:
+        for number, module in enumerate(shards):
+            module.set_reshard_after_forward(not held and number > 0, recurse=False)
+            if held:
+                module.unshard()
+            else:
+                module.reshard()
+            # By this mark transformers' `generate` would go on until the slowest process is done.
+            cast(Any, module)._is_fsdp_managed_module = not held
+
+    hold(True)
+    try:
+        yield
+    finally:
+        hold(False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: all of it, where it is not shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is shared out; all processes ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
