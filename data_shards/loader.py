@@ -2,7 +2,7 @@
 
 A step uses `batch` positions of the global order, cut into micro-batches of `micro_batch` samples; micro-batch m of a
 step is computed by rank m mod world. So the same micro-batches exist for any number of ranks, and workers only fetch.
-A sample that is not usable is replaced by its neighbour and named; only where no neighbour is usable it ends the run.
+A sample that is not usable is replaced by its neighbour and named; only where none of many is usable the run ends.
 """
 
 from __future__ import annotations
