@@ -75,7 +75,7 @@ def photograph(number: int) -> bytes:
     pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
     picture = PilImage.fromarray((255 * pixels[0]).byte().permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
 
 
