@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image as PilImage
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.document import Document, Image, Segment, Text
@@ -28,7 +27,7 @@ from icl_eval.evaluation import evaluate
 from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import HELD_OUT, Task, load_task
 from train.checkpoint import TrainingState
-from train.parallel import Processes
+from train.parallel import Processes, gathered
 from train.recipe import Recipe
 from train.tracking import Generation, Tracker
 
@@ -77,7 +76,9 @@ class Evaluations:
         states nor buffers are others afterwards: the losses that follow are those of a run without evaluations.
         """
         model = self.state.model
-        with undisturbed(model), gathered(model):
+        reduced = self.recipe.parallel.precision == "bfloat16"
+        precision = torch.autocast(self.processes.device.type, torch.bfloat16, enabled=reduced)
+        with undisturbed(model), gathered(model), precision:
             results = evaluate(model, self.processor, self.tasks, batch_size=self.recipe.evaluation.batch)
             generations = self._generations() if self.processes.is_main else []
         scores = {f"fewshot/{cell.task}/{cell.shots}": cell.score for cell in results.cells}
@@ -193,21 +194,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module._buffers.update(held)
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every process holds all parameters of a model that FSDP shards; all processes enter and leave it.
-
-    Without FSDP nothing happens. Parameters come in the precision in which FSDP computes.
-    """
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(part is not model, recurse=False)  # as FSDP has it by itself
-            part.reshard()
