@@ -25,7 +25,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -182,11 +184,8 @@ class Checkpoints:
         self._writer = None
         fault = next(fault for fault in self._all_said(writer.fault) if fault)
         newest = self.newest()
-        return (
-            f"{writer.path}: this checkpoint could not be written: {fault}; "
-            + (f"the last good one is {newest.name}" if newest else "there is none before it")
-            + ", from which the run goes on when it is started again"
-        )
+        last = f"the last good one is {newest.name}, from which the run can go on" if newest else "there is none before"
+        return f"{writer.path}: this checkpoint could not be written: {fault}; {last}"
 
     def _all_said(self, own: str | None) -> list[str | None]:
         """What each process has to say."""
@@ -201,7 +200,7 @@ class Checkpoints:
     def _write(self, path: Path, tensors: dict[str, Any], record: str) -> None:
         """In the writer's thread: write all files, then the mark, then take the name, then remove what is old."""
         unfinished = _hidden(path)
-        dcp.save(tensors, checkpoint_id=unfinished, process_group=self._group, no_dist=self._group is None)
+        dcp.save(tensors, storage_writer=_Files(unfinished), process_group=self._group, no_dist=self._group is None)
         files = self._seal(unfinished)
         if self.processes.is_main:
             _write_durably(unfinished / RECORD, json.dumps(json.loads(record) | {"files": files}, indent=1) + "\n")
@@ -301,6 +300,24 @@ class Checkpoints:
             raise FlamingoError(
                 f"{path}: {key} was {saved.get(key)}, now {own.get(key)}; give another --out, or --resume_anyway true"
             )
+
+
+class _Files(FileSystemWriter):
+    """Files that say why they cannot be written: torch.save covers a full disk with an error of its own zip format."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """As the base class.
+
+        Raises:
+            OSError: what the system said first, if it said anything.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:  # noqa: BLE001 - it is raised again, or what caused it
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 class _Writer(threading.Thread):

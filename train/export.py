@@ -22,7 +22,7 @@ from flamingo.files import write_text
 from icl_eval.run import identity as model_identity
 from train.card import model_card
 from train.checkpoint import RECORD, all_checkpoints, fault_of, load_model, read_record
-from train.parallel import Processes
+from train.parallel import Processes, store_frozen_in_bfloat16
 from train.pretrain import build_model, save_model
 from train.recipe import Recipe, from_dict
 
@@ -63,6 +63,8 @@ def export(checkpoint: Path, options: Export) -> Path:
         check_backbone(path, part, getattr(recipe.model, part), record["identity"]["backbones"][part])
     torch.manual_seed(recipe.seed)
     model, processor = build_model(recipe)
+    if recipe.parallel.frozen_in_bfloat16:
+        store_frozen_in_bfloat16(model)
     load_model(model, path)
     save_model(model, processor, record, out, Processes())
     results = find_results(path, options.results, out)

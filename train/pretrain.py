@@ -26,9 +26,10 @@ from icl_eval.evaluation import provenance
 from train import loop
 from train.card import model_card
 from train.checkpoint import Checkpoints, TrainingState, newest_record
+from train.evaluations import Evaluations
 from train.faults import Faults
 from train.optim import build_optimizer, build_schedule
-from train.parallel import Processes, processes
+from train.parallel import Processes, prepare, processes
 from train.preemption import Preemption, end
 from train.progress import Progress
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
@@ -61,8 +62,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     model, processor = build_model(recipe)
     if recipe.data.glyphs is not None:
         check_language_model(model, processor)
-    model.to(processes.device)
-    prepared = processes.replicate(model)
+    prepared = prepare(model, recipe.parallel, processes)
     optimizer = build_optimizer(model, recipe.optimizer)
     out = Path(recipe.out)
     faults = Faults(processes, out, recipe.data.max_fault_share)
@@ -123,7 +123,17 @@ def train(
     ):  # fmt: skip
         state.run_id = tracker.run_id
         loop.run(
-            recipe, state, prepared, data, batches, checkpoints, tracker, progress, processes, preemption=preemption
+            recipe,
+            state,
+            prepared,
+            data,
+            batches,
+            checkpoints,
+            tracker,
+            progress,
+            processes,
+            preemption=preemption,
+            evaluations=Evaluations(recipe, state, processor, tracker, processes),
         )
 
 
@@ -263,7 +273,7 @@ def main() -> None:
 
         dry_run(recipe)
         return
-    with processes() as group:
+    with processes(recipe.parallel.timeout) as group:
         folder = pretrain(recipe, group)
         if group.is_main:
             print(f"model: {folder}")
