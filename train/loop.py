@@ -1,15 +1,16 @@
 """The training loop, on one screen, and its named steps.
 
-Legend: B rows of a micro-batch, S sources.
+Legend: B rows of a micro-batch.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
@@ -17,10 +18,18 @@ from transformers import BatchFeature
 from data_shards.loader import MicroBatches
 from flamingo.processing import IGNORED
 from train.checkpoint import Checkpoints, TrainingState
+from train.flops import OperationCounter, peak_flops
+from train.memory import announce
+from train.meter import Meter, Update
+from train.optim import clip_gradients, squared_norms
 from train.parallel import Processes, without_synchronisation
 from train.progress import Progress
 from train.recipe import Recipe
-from train.tracking import Tracker
+from train.skipped import Skipped
+from train.tracking import METRICS_FILE, Tracker, read_rows
+
+NO_INPUTS = ("sources", "keys")
+"""What a batch holds beside the model's arguments."""
 
 
 class Preemption(Protocol):
@@ -60,24 +69,32 @@ def run(
         evaluations: run every `recipe.evaluation.every` steps.
     """
     accumulation = recipe.batch // (recipe.micro_batch * processes.world)
-    weights = torch.tensor([source.loss_weight for source in recipe.data.sources.values()])
-    meter = Meter(processes, tuple(recipe.data.sources))
+    weights = [source.loss_weight for source in recipe.data.sources.values()]
+    meter = start_meter(recipe, state, processes)
+    skipped = Skipped(processes, Path(recipe.out), recipe.non_finite_limit)
+    skipped.resume(state.step)
+    announce(state.model, recipe, processes)
     model.train()
     for step in range(state.step + 1, recipe.steps + 1):
+        draw_anew(recipe.seed, step, processes.rank)
         micro_batches = fetch(batches, accumulation, meter, state)
-        accumulate_gradients(model, micro_batches, weights, processes, meter)
+        accumulate_gradients(model, micro_batches, torch.tensor(weights), processes, meter)
         rates = {group["name"]: float(group["lr"]) for group in state.optimizer.param_groups}
-        norm = update_parameters(state, recipe.optimizer.clip)
+        update = update_parameters(state, meter, recipe.optimizer.clip, processes)
+        meter.end(update)
+        skipped.note(step, update.skipped, meter.shares, [batch["keys"] for batch in micro_batches])
         state.step, samples = step, step * recipe.batch
-        progress.update(step, meter.loss, rates["plain"], meter.rates())
+        progress.update(step, update.loss, rates["plain"], meter.rates())
         ends = preemption is not None and preemption.requested()
-        logs, saves = (due(step, every, recipe.steps) for every in (recipe.tracking.log_every, recipe.save_every))
-        saves |= ends
-        if logs or saves:
+        saves = ends or due(step, recipe.save_every, recipe.steps)
+        if saves or due(step, recipe.tracking.log_every, recipe.steps):
             state.faults.settle(data.used(samples))
-        if logs:
-            tracker.log(step, meter.report(state, norm, rates, samples, data.epochs(samples)))
-        if evaluations is not None and recipe.evaluation.every and due(step, recipe.evaluation.every, recipe.steps):
+            row = meter.report(state, update, weights)
+            row |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
+            row |= {f"epoch/{name}": epochs for name, epochs in data.epochs(samples).items()}
+            row |= state.faults.row(recipe.data.sources)
+            tracker.log(step, {**row, "skipped_steps": float(skipped.steps), "samples": float(samples)})
+        if evaluations is not None and not ends and due(step, recipe.evaluation.every, recipe.steps):
             evaluations.run(step)
         if saves:
             checkpoints.save(state)
@@ -86,15 +103,28 @@ def run(
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the last, happens now."""
-    return step % every == 0 or step == last
+    """Whether something that happens every so many steps, and at the last, happens now; 0: never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def start_meter(recipe: Recipe, state: TrainingState, processes: Processes) -> Meter:
+    """A meter that goes on from the last row of the log: there is one at every step that has a checkpoint."""
+    counts = OperationCounter(state.model) if peak_flops(processes.device) is not None else None
+    rows = read_rows(Path(recipe.out) / METRICS_FILE) if state.step else []
+    tokens = max((row.get("tokens") or 0 for row in rows if row["step"] <= state.step), default=0)
+    return Meter(processes, tuple(recipe.data.sources), int(tokens), counts)
+
+
+def draw_anew(seed: int, step: int, rank: int) -> None:
+    """Seed torch for a step, so that dropout does not depend on what was drawn before a restart."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def fetch(batches: Iterator[BatchFeature], accumulation: int, meter: Meter, state: TrainingState) -> list[BatchFeature]:
     """The micro-batches of the next step: all of them, because the loss of each needs the token counts of all."""
-    start = time.perf_counter()
+    meter.begin()
     micro_batches = [next(batches) for _ in range(accumulation)]
-    meter.waited(time.perf_counter() - start)
+    meter.fetched()
     for batch in micro_batches:
         state.faults.note(state.step + 1, batch.pop("faults"))
     return micro_batches
@@ -105,25 +135,25 @@ def accumulate_gradients(
 ) -> None:
     """Gradients of L = Σ over sources s of w_s · (summed negative log-likelihood of s) / (supervised tokens of s).
 
-    The tokens are those of the whole step over all processes, counted before the first backward; DDP's average over
-    processes is undone. So the gradient does not depend on how the step is cut.
+    The tokens are those of the whole step over all processes, counted before the first backward; the average over
+    processes that DDP and FSDP2 take is undone. So the gradient does not depend on how the step is cut.
     """
-    tokens = torch.zeros(len(weights), device=processes.device)
+    meter.saw(micro_batches)
+    tokens = torch.zeros(len(weights), dtype=torch.float64, device=processes.device)
     for batch in micro_batches:
         tokens.index_add_(0, batch["sources"].to(tokens.device), supervised_tokens(batch).to(tokens))
-    processes.sum(tokens)
-    per_token = weights.to(tokens) * processes.world / tokens.clamp(min=1)
-    losses = torch.zeros_like(tokens)
+    per_token = weights.to(tokens) / processes.sum(tokens).clamp(min=1)
+    losses, shares = torch.zeros_like(tokens), []
     for number, batch in enumerate(micro_batches):
-        sources = batch.pop("sources").to(processes.device)
-        batch.pop("keys")
-        inputs = batch.to(processes.device)
+        inputs = BatchFeature({name: value for name, value in batch.items() if name not in NO_INPUTS})
+        sources = batch["sources"].to(processes.device)
         with without_synchronisation(model, skip=number < len(micro_batches) - 1):
-            sample_losses = model(**inputs).sample_losses
-            (sample_losses * per_token[sources]).sum().backward()
-        losses.index_add_(0, sources, sample_losses.detach())
-        meter.saw(inputs)
-    meter.count(losses, tokens, weights)
+            sample_losses = model(**inputs.to(processes.device)).sample_losses
+            share = (sample_losses * per_token[sources].to(sample_losses)).sum()
+            (share * processes.world).backward()
+        losses.index_add_(0, sources, sample_losses.detach().to(losses))
+        shares.append(share.detach())
+    meter.count(losses, tokens, torch.stack(shares))
 
 
 def supervised_tokens(batch: BatchFeature) -> Tensor:
@@ -134,89 +164,20 @@ def supervised_tokens(batch: BatchFeature) -> Tensor:
     return foretold.sum(dim=1)
 
 
-def update_parameters(state: TrainingState, clip: float) -> Tensor:
-    """Clip, step, advance the schedule, and return the gradient's norm before clipping."""
-    trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, clip)
-    state.optimizer.step()
+def update_parameters(state: TrainingState, meter: Meter, clip: float, processes: Processes) -> Update:
+    """Clip by the global norm and step, unless loss or gradient are not finite; the schedule goes on in any case.
+
+    All processes decide alike: what they decide on is added up over them, and read from the device at once.
+    """
+    optimizer = state.optimizer
+    own = torch.cat([meter.loss[None], meter.seen, squared_norms(optimizer, processes.world).to(meter.seen.device)])
+    loss, tokens, images, *squares = processes.sum(own.double()).tolist()
+    norm, finite = math.sqrt(sum(squares)), all(map(math.isfinite, (loss, *squares)))
+    if finite:
+        clip_gradients(optimizer, clip, norm)
+        optimizer.step()
     state.schedule.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-@dataclass
-class Meter:
-    """Counts between two rows of the log. Sums over processes are taken when a row is due, not at every step."""
-
-    processes: Processes
-    sources: tuple[str, ...]
-    loss: float = float("nan")
-    """this process's share of the last step's loss, for the progress bar"""
-    _losses: Tensor = field(init=False)
-    _tokens: Tensor = field(init=False)
-    _weights: Tensor = field(init=False)
-    _seen: dict[str, float] = field(default_factory=dict)
-    _started: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self._losses = torch.zeros(len(self.sources), device=self.processes.device)
-        self._tokens = torch.zeros(len(self.sources), device=self.processes.device)
-        self._seen = {"tokens": 0.0, "images": 0.0, "waited": 0.0}
-        self._started = time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Add time spent waiting for data."""
-        self._seen["waited"] += seconds
-
-    def saw(self, inputs: BatchFeature) -> None:
-        """Add a micro-batch's tokens and images."""
-        self._seen["tokens"] += int((inputs["documents" if "documents" in inputs else "attention_mask"] > 0).sum())
-        self._seen["images"] += inputs["pixel_values"].shape[0] * inputs["pixel_values"].shape[1]
-
-    def count(self, losses: Tensor, tokens: Tensor, weights: Tensor) -> None:
-        """Add a step's (S,) summed losses of this process and (S,) tokens of all processes."""
-        self._losses += losses
-        self._tokens += tokens
-        self._weights = weights.to(tokens)
-        self.loss = float((self._weights * losses * self.processes.world / tokens.clamp(min=1)).sum())
-
-    def rates(self) -> dict[str, float]:
-        """Tokens and images a second over all processes, and the share of time that waited for data."""
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        return {
-            "tokens_per_second": self._seen["tokens"] * self.processes.world / seconds,
-            "images_per_second": self._seen["images"] * self.processes.world / seconds,
-            "data_wait_share": self._seen["waited"] / seconds,
-        }
-
-    def report(
-        self,
-        state: TrainingState,
-        norm: Tensor,
-        learning_rates: dict[str, float],
-        samples: int,
-        epochs: dict[str, float],
-    ) -> dict[str, float]:
-        """One row of the log, over the steps since the last row; starts the next. All processes call this."""
-        losses = self.processes.sum(self._losses.clone())
-        mean = (losses / self._tokens.clamp(min=1)).tolist()
-        row = {
-            "loss": sum(float(weight) * each for weight, each in zip(self._weights, mean, strict=True)),
-            **{
-                f"loss/{name}": each
-                for name, each, tokens in zip(self.sources, mean, self._tokens.tolist(), strict=True)
-                if tokens
-            },
-            "gradient_norm": float(norm),
-            **{f"learning_rate/{group}": rate for group, rate in learning_rates.items()},
-            **{f"gate/{name}": float(value) for name, value in state.model.gates().items()},
-            **self.rates(),
-            **{f"epoch/{name}": each for name, each in epochs.items()},
-            **state.faults.row(self.sources),
-            "samples": float(samples),
-        }
-        self._clear()
-        return row
+    optimizer.zero_grad(set_to_none=True)
+    names = (group["name"] for group in optimizer.param_groups)
+    norms = dict(zip(names, map(math.sqrt, squares), strict=True))
+    return Update(loss, int(tokens), int(images), norms, norm, skipped=not finite)

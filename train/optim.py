@@ -1,14 +1,18 @@
-"""AdamW's groups and the learning rate's course."""
+"""AdamW's groups, the norms of their gradients, and the learning rate's course."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from torch import nn
-from torch.optim import AdamW
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from train.parallel import local
 from train.recipe import OptimizerRecipe
 
 
@@ -39,6 +43,24 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> AdamW:
         betas=recipe.betas,
         fused=True,  # fourteen times faster than the plain one on a CPU, a pass over memory instead of many
     )
+
+
+def squared_norms(optimizer: Optimizer, world: int) -> Tensor:
+    """(G,) this process's share of the squared norm of each group's gradient, float64; the shares add up to it."""
+    gradients = [
+        [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        for group in optimizer.param_groups
+    ]
+    device = next((local(each).device for group in gradients for each in group), torch.device("cpu"))
+    norms = [get_total_norm([local(each) for each in group]).to(device, torch.float64) for group in gradients]
+    shares = [1 if any(isinstance(each, DTensor) for each in group) else world for group in gradients]
+    return torch.stack([norm.square() / share for norm, share in zip(norms, shares, strict=True)])
+
+
+def clip_gradients(optimizer: Optimizer, most: float, norm: float) -> None:
+    """Scale all gradients, whose global norm is `norm`, so that it is at most `most`."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    clip_grads_with_norm_(trained, most, torch.tensor(norm))
 
 
 def build_schedule(optimizer: AdamW, recipe: OptimizerRecipe, steps: int) -> LambdaLR:

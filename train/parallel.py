@@ -12,8 +12,8 @@ loop calls is what `prepare` returns. What is done is the same in all kinds, so 
 | trained vision tower | whole | as these: it is there without a call |
 | frozen vision tower | whole | whole |
 
-A frozen tower has no gradient and no optimizer state to share out; and a process without images does not call it, and so
-would miss a collective that others wait in.
+A frozen tower has no gradient and no optimizer state to share out; and a process without images, which does not call
+it, would miss a collective that others wait in.
 
 Matrix products in bfloat16 are torch.autocast's in every kind: parameters that train, their gradients, the sums over
 processes and the optimizer's state stay float32.
