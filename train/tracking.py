@@ -44,8 +44,9 @@ _FLUSH_SECONDS = 0.1
 """W&B's own default is 15 s: a killed run lost all its rows."""
 _INIT_SECONDS = 30.0
 """How long W&B may take to answer before the run is kept offline."""
-_FINISH_SECONDS = 120.0
-"""How long the last upload may hold up the end of a run; what is not sent by then stays on disk for `wandb sync`."""
+_FINISH_SECONDS = 15.0
+"""How long the last upload may hold up the end of a run, of which torchrun gives 30 s to one that is preempted; what is
+not sent by then stays on disk for `wandb sync`."""
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 import wandb
+from PIL import Image
 
-from train.tracking import METRICS_FILE, Tracker, read_curves
+from flamingo import FlamingoError
+from train.history import inspect, read_run
+from train.metrics import METRICS, PLOTS, Metric, Plot, check_plots, covers, defined, regular_expression
+from train.tracking import GENERATIONS_FILE, METRICS_FILE, Generation, Tracker, read_curves, read_rows
 
 START = {"project": "test", "name": "run"}
+GATES = {"gate/attention.0": 0.1, "gate/attention.1": -0.4, "gate/feed_forward.0": math.nan}
+
+
+def generation(generated: str = "dog", colour: str = "red") -> Generation:
+    shown = Image.new("RGB", (8, 6), colour)
+    return Generation("task", 1, "task/0", shown, "<image>cat<image>", shown, "dog", generated, generated == "dog")
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +40,13 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_service() -> Iterator[None]:
+    """Leave no W&B process to tests that start processes: they would use it, instead of one of their own."""
+    yield
+    wandb.teardown()
 
 
 class FakeRun:
@@ -89,6 +111,7 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
         "time.sleep(2)\n"
         "os.kill(os.getpid(), 9)"
     )
+    wandb.teardown()
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [step for step, _ in read_curves(tmp_path / METRICS_FILE)["loss"]] == [1, 2, 3, 4, 5]
@@ -244,3 +267,124 @@ def test_a_full_disk_does_not_stop_a_training(
         tracker.log(3, {"loss": 1.0})
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "No space left" in caplog.messages[0]
+
+
+def test_generations_are_kept_with_their_pictures(tmp_path: Path, modes: list[str]) -> None:
+    """Pictures written again at every evaluation, or rows of a step that is computed again standing there twice."""
+    with Tracker(tmp_path, **START) as tracker:
+        for step in (2, 4, 6):
+            tracker.log(step, {"fewshot/task/1": 0.5}, [generation(), generation("cat")])
+    with Tracker(tmp_path, **START, start_step=4) as tracker:
+        tracker.log(6, {}, [generation("cow", "blue")])
+    rows = read_rows(tmp_path / GENERATIONS_FILE)
+    assert [(row["step"], row["generated"], row["right"]) for row in rows] == [
+        (2, "dog", True), (2, "cat", False), (4, "dog", True), (4, "cat", False), (6, "cow", False),
+    ]  # fmt: skip
+    assert len(list((tmp_path / "generations").iterdir())) == 2
+    assert Image.open(tmp_path / rows[0]["picture"]).getpixel((0, 0)) == (255, 0, 0)
+    assert read_run(tmp_path).generations[-1]["picture"].startswith("data:image/png")
+
+
+def test_wandb_gets_histograms_and_tables_within_the_runs_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Gates of one value that make a histogram impossible, and end the record; pictures left in the user's home."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    out = tmp_path / "out"
+    with Tracker(out, **START, mode="offline") as tracker:
+        tracker.log(1, GATES | {"samples": 8.0}, [generation()])
+        tracker.log(2, GATES | {"samples": 16.0})
+    assert "WANDB_DATA_DIR" not in os.environ
+    assert not list(home.rglob("*.png")) and not list(home.rglob("artifacts"))
+    (record,) = out.glob("wandb/offline-run-*/*.wandb")
+    items = [each["history"]["item"] for each in inspect(record) if each["type"] == "history"]
+    assert [sum(item["gates/attention.values"]) for item in items] == [2, 2]
+    assert len(items[0]["gates/attention.bins"]) == 41 and items[0]["gates/attention.bins"][0] == -1
+    assert "gates/feed_forward.values" not in items[0]
+    assert items[0]["generations.nrows"] == 1 and "generations.nrows" not in items[1]
+    assert read_run(out / "wandb").generations == read_run(out).generations
+
+
+def test_a_wandb_process_that_dies_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that ends, or waits for ever, because the process that W&B runs beside it was killed for memory."""
+    script = (
+        "import os, signal, subprocess, sys, time; from pathlib import Path; from train.tracking import Tracker\n"
+        "with Tracker(Path(sys.argv[1]), project='test', name='run', mode='offline') as tracker:\n"
+        "    tracker.log(1, {'loss': 1.0}); time.sleep(1)\n"
+        "    children = subprocess.run(['ps', '-o', 'pid=,comm=', '--ppid', str(os.getpid())], capture_output=True)\n"
+        "    (core,) = [line for line in children.stdout.decode().splitlines() if 'wandb-core' in line]\n"
+        "    os.kill(int(core.split()[0]), signal.SIGKILL); time.sleep(1)\n"
+        "    [tracker.log(step, {'loss': 1.0}) for step in range(2, 6)]\n"
+    )
+    wandb.teardown()
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0 and time.monotonic() - start < 40
+    assert done.stderr.count("W&B stopped recording") == 1
+    assert [step for step, _ in read_curves(tmp_path / METRICS_FILE)["loss"]] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in read_run(tmp_path / "wandb").rows] == [1]
+
+
+@pytest.mark.parametrize("part", ["Table", "Image", "Histogram"])
+def test_a_part_of_wandb_that_breaks_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modes: list[str], caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """A table that W&B refuses after a week of training."""
+
+    def breaks(*_: object, **__: object) -> None:
+        raise ValueError("not today")
+
+    monkeypatch.setattr(wandb, part, breaks)
+    with Tracker(tmp_path, **START) as tracker:
+        for step in (1, 2):
+            tracker.log(step, GATES, [generation()])
+    assert [record.getMessage() for record in caplog.records if record.name == "train.tracking"] == [
+        "W&B stopped recording; metrics.jsonl goes on: ValueError: not today"
+    ]
+    assert [row["step"] for row in read_rows(tmp_path / GENERATIONS_FILE)] == [1, 2]
+
+
+def test_a_disk_that_refuses_pictures_stops_nothing(
+    tmp_path: Path, modes: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that cannot be made, where a full disk must be an error of checkpoints alone."""
+    (tmp_path / "generations").write_text("in the way")
+    with Tracker(tmp_path, **START) as tracker:
+        tracker.log(1, {"loss": 1.0}, [generation()])
+        tracker.log(2, {"loss": 1.0})
+    assert "generations of step 1 are not in" in caplog.text
+    assert [step for step, _ in read_curves(tmp_path / METRICS_FILE)["loss"]] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A read-only place for the run; there the checkpoint says so, and not a tracker's traceback."""
+    (tmp_path / "out").write_text("in the way")
+    with Tracker(tmp_path / "out", **START, mode="offline") as tracker:
+        tracker.log(1, {"loss": 1.0}, [generation()])
+    assert "the run has no metrics file" in caplog.text
+
+
+def test_every_metric_is_drawn_and_every_plot_has_one() -> None:
+    """A plot of a metric that was renamed, which stays empty; a metric that nobody ever sees."""
+    check_plots()
+    with pytest.raises(FlamingoError, match="'Old'.*'perplexity'"):
+        check_plots([*PLOTS, Plot("Loss", "Old", "", ("perplexity",))])
+    with pytest.raises(FlamingoError, match="axis 'time'"):
+        check_plots([*PLOTS, Plot("Loss", "Loss", "", ("loss",), axis="time")])
+    with pytest.raises(FlamingoError, match="metric 'generations'"):
+        check_plots([plot for plot in PLOTS if plot.kind != "table"])
+
+
+def test_names_belong_to_their_pattern() -> None:
+    """`gates/attention` taken for a gate, `losses` for a loss, or an expression that matches more than it says."""
+    assert covers("gate/*", "gate/attention.*") and not covers("gate/*", "gates/attention")
+    assert defined("losses") is None and defined("loss/a/b") == Metric(
+        "loss/*", "the same of each source, unweighted", "tokens"
+    )
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    expression = re.compile(regular_expression(["loss", "gate/attention.*"]))
+    assert expression.match("loss") and expression.match("gate/attention.10")
+    assert not expression.match("loss/naming") and not expression.match("gate/attentionX1")
