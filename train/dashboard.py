@@ -58,7 +58,7 @@ def panel(plot: Plot) -> Any:
 
     if plot.kind == "table":
         (table,) = plot.metrics
-        return panels.WeavePanelSummaryTable(table_name=table, layout=panels.Layout(w=24, h=12))
+        return panels.WeavePanelSummaryTable(table_name=table)
     several = any(name.endswith("*") for name in plot.metrics)
     shown: dict[str, Any] = {"metric_regex": regular_expression(plot.metrics)} if several else {"y": list(plot.metrics)}
     return panels.LinePlot(
