@@ -1,9 +1,9 @@
 """What a model weighs and what training takes of a GPU: a table at the start of a run, and where it could be cheaper.
 
 The estimate is made of shapes alone, so it works on the meta device. Weights, gradients and AdamW's state are counted;
-activations are those that decoder layers, gated blocks and the resampler keep for the backward pass in their usual form,
-for micro-batches that are full: `max_tokens` tokens and `max_media` media a row. Not in it: CUDA's own memory (about
-1 GB), the allocator's gaps, and what collectives hold for a moment.
+activations are those that decoder layers, gated blocks and the resampler keep for the backward pass in their usual
+form, for micro-batches that are full: `max_tokens` tokens and `max_media` media a row. Not in it: CUDA's own memory
+(about 1 GB), the allocator's gaps, and what collectives hold for a moment.
 """
 
 from __future__ import annotations
