@@ -128,7 +128,7 @@ class Plan:
             ["trains", "; ".join(groups)],
             ["rate", f"{recipe.optimizer.warmup_steps:,} steps of warm-up, then {course}"],
             ["steps", f"{recipe.steps:,} of {recipe.batch:,} sequences; saved every {recipe.save_every:,}"],
-            ["process", f"{self.world}, each with {own / recipe.micro_batch:g} micro-batches of {recipe.micro_batch}"],
+            ["processes", f"{self.world}, each {own / recipe.micro_batch:g} × {recipe.micro_batch} sequences a step"],
             ["parallel", ", ".join([recipe.parallel.kind, recipe.parallel.precision, *switches])],
         ]
 

@@ -131,7 +131,7 @@ def test_the_command_prints_the_plan_and_leaves_nothing(
         main()
     assert ended.value.code in (0, None)
     said = capsys.readouterr().out
-    for part in ("vision tower", "gated cross-attention", "decayed", "warm-up", "4, each with 1 micro-batches of 2",
+    for part in ("vision tower", "gated cross-attention", "decayed", "warm-up", "4, each 1 × 2 sequences",
                  "memory per GPU", "4 × H100", "fault  data.sources.pages"):  # fmt: skip
         assert part in said, part
     assert not (tmp_path / "out").exists()
