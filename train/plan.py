@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from flamingo.backbones import assemble, backbone_path, ignores_qk_norm
 from flamingo.errors import FlamingoError
 from flamingo.packing import pack
 from flamingo.processing import IGNORED
+from icl_eval.tasks import load_task
 from train.flops import PEAKS, OperationCounter, peak_flops
 from train.memory import advice, component_table, memory_estimate
 from train.optim import build_optimizer
@@ -183,7 +185,7 @@ def plan(recipe: Recipe, world: int = 1) -> Plan:
     except FlamingoError as error:
         faults.append(str(error))
     model, processor = without_weights(recipe)
-    faults += _misfits(recipe, model)
+    faults += [*_misfits(recipe, model), *_unknown_tasks(recipe)]
     sources = planned_sources(recipe, processor, faults)
     return Plan(recipe, world, model, processor, sources, faults)
 
@@ -238,6 +240,15 @@ def _misfits(recipe: Recipe, model: FlamingoForConditionalGeneration) -> Iterato
             yield str(error)
 
 
+def _unknown_tasks(recipe: Recipe) -> Iterator[str]:
+    """Tasks of the evaluations while training that cannot be read."""
+    for name in recipe.evaluation.tasks if recipe.evaluation.every else ():
+        try:
+            load_task(name)
+        except FlamingoError as error:
+            yield f"evaluation.tasks: {error}"
+
+
 def planned_sources(recipe: Recipe, processor: FlamingoProcessor, faults: list[str]) -> list[PlannedSource]:
     """What is read of each source; what is wrong with it is added to `faults`."""
     sources = recipe.data.sources
@@ -254,9 +265,11 @@ def planned_sources(recipe: Recipe, processor: FlamingoProcessor, faults: list[s
         lengths, documents = None, to_be_written(recipe, source)
         if documents is None:
             try:
-                shards = open_shards(recipe.place(source.shards), cache=recipe.path(recipe.data.cache))
+                with TemporaryDirectory() as cache:  # a plan brings nothing here but the index
+                    room = int(recipe.data.cache_gb * 1e9)
+                    shards = open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room)
                 documents = len(shards)
-                if "://" not in source.shards:  # nothing is brought here for a plan
+                if "://" not in source.shards:
                     lengths = measure(shards, sequences, f"data.sources.{name}", faults)
             except FlamingoError as error:
                 faults.append(f"data.sources.{name}: {error}")

@@ -76,6 +76,16 @@ def test_sources_are_measured_or_reported(tmp_path: Path) -> None:
     assert re.search(rf"pages +{pages.samples} +\? +1 +64 +5\.0 +at most", planned.text())
 
 
+def test_nothing_is_brought_here_for_a_plan(tmp_path: Path) -> None:
+    """Catches shards that are fetched to be planned with, and a cache in the run's folder."""
+    wanted = recipe(tmp_path)
+    write_shards((document(n, 1, key=f"pair{n}") for n in range(24)), tmp_path / "pairs", max_samples=5)
+    wanted.data.sources["pairs"].shards = f"file://{tmp_path / 'pairs'}"
+    pairs = plan(wanted).sources[0]
+    assert (pairs.documents, pairs.measured) == (24, False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_documents_that_are_not_usable_are_reported(tmp_path: Path) -> None:
     """Catches a plan that stops at a bad document, counts it as an empty one, or does not say which it is."""
     wanted = recipe(tmp_path)
@@ -91,8 +101,9 @@ def test_faults_of_the_recipe_are_listed_together(tmp_path: Path) -> None:
     """Catches a dry run that stops at the first fault, and rows longer than the language model reads."""
     wanted = recipe(tmp_path, packing=True)
     wanted.batch, wanted.data.max_tokens = 9, 1024
+    wanted.evaluation.every, wanted.evaluation.tasks = 5, ["glyphs_5way", "nope"]
     said = "\n".join(plan(wanted, world=2).faults)
-    for part in ("batch=9: expected a multiple", "max_tokens=1024", "512 positions", "pairs", "pages"):
+    for part in ("batch=9: expected a multiple", "max_tokens=1024", "512 positions", "task 'nope'", "pairs", "pages"):
         assert part in said, part
 
 
