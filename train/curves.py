@@ -41,7 +41,7 @@ def write_page(run: Run, path: str | Path, title: str = "") -> Path:
     for plot in PLOTS:
         sections[plot.section] += charts(run, plot)
     page = environment.get_template("curves.html").render(
-        title=title or run.source.resolve().name,
+        title=title or _name(run.source.resolve()),
         run=run,
         tiles=_tiles(run),
         sections={name: shown for name, shown in sections.items() if shown},
@@ -51,6 +51,11 @@ def write_page(run: Run, path: str | Path, title: str = "") -> Path:
     path = Path(path)
     write_text(path, page)
     return path
+
+
+def _name(source: Path) -> str:
+    """What a run is called: its folder."""
+    return source.parent.name if source.is_file() or source.name == "wandb" else source.name
 
 
 def charts(run: Run, plot: Plot) -> list[dict[str, Any]]:
