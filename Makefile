@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-slow lint format parity bench environment clean
+.PHONY: help install quickstart test test-slow kill-test lint format parity bench environment clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ test: environment lint ## Lint, types, and all tests but the slow ones
 
 test-slow: $(STAMP) ## The tests that take minutes each
 	$(BIN)/python -m pytest -q --durations=15 -m slow --timeout=3600 $(ARGS)
+
+kill-test: $(STAMP) ## Kill 20 runs at random moments, resume them, and compare their losses bit for bit (20 minutes)
+	$(BIN)/python -m train.killtest $(ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
