@@ -5,8 +5,8 @@
 The embedded recipe is trained by torchrun: on GPUs by NCCL, one a process, else by Gloo, one core a process. A run of
 one process and one of more have the same micro-batches, so that the ratio of their tokens a second, over the number of
 processes, is what sharing the work costs. Saves and rows of the log are timed where the training waits for them, and
-related to the steps between two at the recipe's own frequency; what saves do meanwhile, in the background, shows in the
-steps after one beside the others.
+related to the steps between two at the recipe's own frequency; what a save does meanwhile, in the background, shows in
+the steps after it beside the others, and is added.
 
 At the end training steps of one shape, with batches like those of `training_step.py`, beside the peak: of the GPU's
 maker (MFU; the 3B shape), or on a CPU of one large matrix product (OPT-125M's).
@@ -153,7 +153,9 @@ def main() -> None:
         figures[f"step seconds {label}"] = found["step"]
         figures[f"save seconds {label}"] = found["save"]
         figures[f"row seconds {label}"] = found["log"]
-        figures[f"checkpoints % of step time {label}"] = 100 * found["save"] / (recipe.save_every * found["step"])
+        beside = AFTER * max(found["beside"] - 1, 0.0) * found["step"]
+        saving = (found["save"] + beside) / (recipe.save_every * found["step"])
+        figures[f"checkpoints % of step time {label}"] = 100 * saving
         figures[f"tracking % of step time {label}"] = 100 * found["log"] / (recipe.tracking.log_every * found["step"])
         figures[f"step after a save / other steps {label}"] = found["beside"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
