@@ -22,6 +22,7 @@ processes and the optimizer's state stay float32.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,6 +44,9 @@ from flamingo.cross_attention import GatedCrossAttention
 from flamingo.errors import FlamingoError
 from flamingo.modeling import decoder_layers
 from train.recipe import ParallelRecipe
+
+_LETTING_GO = 0.3
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,6 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
-    def replicate(self, model: nn.Module) -> nn.Module:
-        """The model under DDP; the model itself where there is one process."""
-        return replicate(model, self)
-
 
 @contextmanager
 def processes(timeout: float = ParallelRecipe.timeout) -> Iterator[Processes]:
@@ -114,6 +114,9 @@ def processes(timeout: float = ParallelRecipe.timeout) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), world, device)
     finally:
         dist.destroy_process_group()
+        # DDP and FSDP2 keep Gloo's threads alive past this. One that still holds a tensor when Python is taken down
+        # aborts the process, one time in ten, after all is done; asleep, this thread lets them go.
+        time.sleep(_LETTING_GO)
 
 
 def prepare(model: FlamingoForConditionalGeneration, recipe: ParallelRecipe, processes: Processes) -> nn.Module:

@@ -32,7 +32,7 @@ from train.checkpoint import TrainingState
 from train.faults import Faults
 from train.meter import Meter, Update
 from train.optim import build_optimizer, build_schedule
-from train.parallel import Processes, gathered, prepare, processes, whole
+from train.parallel import Processes, gathered, prepare, processes, whole, without_synchronisation
 from train.recipe import DataRecipe, OptimizerRecipe, ParallelRecipe, Recipe, SourceRecipe, TrackingRecipe
 from train.skipped import SKIPPED_FILE
 
@@ -255,7 +255,8 @@ def not_finite(runs: Runs, kind: str, out: Path, *, steps: int, bad: set[int], s
 
     def log(step: int, row: dict[str, float]) -> None:
         rows.append(row)
-        sums.append(sum(float(whole(each).double().sum()) for each in state.model.parameters() if each.requires_grad))
+        trained = (each.detach() for each in state.model.parameters() if each.requires_grad)
+        sums.append(sum(float(whole(each).double().sum()) for each in trained))
 
     error = None
     data: Any = SimpleNamespace(used=lambda position: {}, epochs=lambda position: {})
@@ -295,6 +296,17 @@ def evaluating(runs: Runs) -> dict[str, Any]:
     return {"generated": made[0], "alone": model.eval().generate(**prompt, max_new_tokens=3).tolist()}
 
 
+def unsynchronised(runs: Runs, kind: str) -> list[float | None]:
+    """What each parameter's gradient adds up to in this process, before the last micro-batch of a step."""
+    state, prepared = runs.state("llama", "float32", ParallelRecipe(kind), runs.group)  # type: ignore[arg-type]
+    batch = runs.micro_batches("llama", 2, runs.group.rank, 1)[0]
+    inputs = {name: value for name, value in batch.items() if name not in ("sources", "keys", "faults")}
+    with without_synchronisation(prepared, skip=True):
+        prepared(**inputs).loss.backward()
+    trained = (each for each in state.model.parameters() if each.requires_grad)
+    return [None if each.grad is None else float(each.grad.sum()) for each in trained]
+
+
 def main(backbones: Path, out: Path, which: str) -> None:
     """Run all cases and write what both processes found."""
     logging.disable_progress_bar()
@@ -305,6 +317,7 @@ def main(backbones: Path, out: Path, which: str) -> None:
         if which == "quick":
             for kind in ("ddp", "fsdp"):
                 found[f"half-{kind}"] = half_precision(runs, kind)
+                found[f"unsynchronised-{kind}"] = unsynchronised(runs, kind)
                 for spoil, bad in (("pixels", {2}), ("loss", {2}), ("pixels", {2, 4, 5, 6})):
                     name = f"{spoil}-{len(bad)}-{kind}"
                     found[name] = not_finite(runs, kind, out, steps=8, bad=bad, spoil=spoil)

@@ -90,6 +90,13 @@ def test_bfloat16_is_of_products_alone(quick: list[dict[str, Any]], kind: str) -
     assert found["losses"] == pytest.approx(quick[0]["half-ddp"]["losses"], abs=1e-3)
 
 
+def test_gradients_are_sent_once_a_step(quick: list[dict[str, Any]]) -> None:
+    """Catches an all-reduce a micro-batch: the same numbers, at several times the traffic."""
+    first, second = (each["unsynchronised-ddp"] for each in quick)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert {each for found in quick for each in found["unsynchronised-fsdp"]} == {None}, "they lie with the whole ones"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spoil", ["pixels", "loss"])
 def test_what_is_not_finite_in_one_process_is_skipped_by_both(
