@@ -99,12 +99,7 @@ def train(
     processes: Processes,
 ) -> None:
     """Set up what the loop reads from and writes to, and run it; `prepared` is `state.model`, made parallel."""
-    data = MicroBatches(
-        sources,
-        Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe)),
-        micro_batch=recipe.micro_batch,
-        seed=recipe.seed,
-    )
+    data = micro_batches(recipe, sources, processor)
     batches = rank_batches(
         data,
         batch=recipe.batch,
@@ -113,6 +108,7 @@ def train(
         rank=processes.rank,
         world=processes.world,
         workers=recipe.data.workers,
+        device=processes.device,
     )
     out = Path(recipe.out)
     with (
@@ -150,6 +146,12 @@ def open_sources(recipe: Recipe) -> list[Source]:
         )
         for name, source in data.sources.items()
     ]
+
+
+def micro_batches(recipe: Recipe, sources: list[Source], processor: FlamingoProcessor) -> MicroBatches:
+    """The micro-batches of a recipe, by their numbers."""
+    sequences = Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe))
+    return MicroBatches(sources, sequences, micro_batch=recipe.micro_batch, seed=recipe.seed)
 
 
 def sequence_options(recipe: Recipe) -> dict[str, Any]:
@@ -213,6 +215,7 @@ def identity(recipe: Recipe, sources: list[Source], processor: FlamingoProcessor
     kept = {key: described[key] for key in ("seed", "steps", "batch", "micro_batch", "model", "optimizer")}
     kept["backbones"] = {part: backbone_identity(kept["model"][part]) for part in ("vision", "language")}
     kept["tokenizer"] = tokenizer_identity(processor)
+    kept["order_of_sources"] = list(mixture)  # which comes first decides which positions are whose
     return json.loads(json.dumps({**kept, **sequence_options(recipe), "sources": mixture}))  # as it will be read back
 
 

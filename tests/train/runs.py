@@ -81,6 +81,15 @@ def at_step(step: int, action: Callable[[], None]) -> None:
     module.Progress = Acting  # type: ignore[misc]
 
 
+class PurposeError(Exception):
+    """What a test stops a run with."""
+
+
+def stop() -> None:
+    """End a run in the middle of a step."""
+    raise PurposeError("enough")
+
+
 def forked(function: Callable[[Processes], Any], world: int = 1) -> list[tuple[int, Any]]:
     """Run a function in `world` processes forked from this one: each's exit code, and what it returned or raised."""
     context = multiprocessing.get_context("fork")

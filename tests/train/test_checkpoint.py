@@ -26,7 +26,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from flamingo import FlamingoError
-from tests.train.runs import STEPS, at_step, forked, losses, prepare_folder, recipe_of, saved
+from tests.train.runs import STEPS, at_step, forked, losses, prepare_folder, recipe_of, saved, stop
 from train import checkpoint
 from train.checkpoint import Checkpoints, TrainingState, fault_of, read_record
 from train.faults import Faults
@@ -271,14 +271,6 @@ def full_parameters(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
-class PurposeError(Exception):
-    pass
-
-
-def stop() -> None:
-    raise PurposeError("on purpose")
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -303,7 +295,7 @@ def test_other_processes_kinds_and_workers_go_on(
                 at_step(steps + 1, stop)
             pretrain(recipe, processes)
 
-        assert forked(run, world) == [(0, "PurposeError: on purpose" if steps < STEPS else None)] * world
+        assert forked(run, world) == [(0, "PurposeError: enough" if steps < STEPS else None)] * world
         assert saved(tmp_path) == ([4] if steps < STEPS else [8, 12])
     curves = [[float(loss) for loss in losses(out)] for out in (tmp_path, whole)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
