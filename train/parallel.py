@@ -204,6 +204,8 @@ def shard(model: FlamingoForConditionalGeneration, processes: Processes, *, offl
     fully_shard([model.resampler, *(block.attn.to_kv for block in blocks)], **options)
     for module in (*blocks, *decoder_layers(model.language_model, model.config.decoder_layers)):
         fully_shard(module, **options)
+    if not ignored:  # FSDP2 takes no convolutions that are channels last
+        model.vision_tower.to(memory_format=torch.contiguous_format)
     fully_shard(model, ignored_params=ignored, **options)
     if ignored:
         model.vision_tower.to(processes.device)
