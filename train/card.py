@@ -18,12 +18,17 @@ processor = FlamingoProcessor.from_pretrained(FOLDER)
 DATA_COLUMNS = ("source", "shards", "SHA-256", "documents", "samples used", "epochs", "loss weight")
 
 
-def model_card(record: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    record: Mapping[str, Any],
+    results: Mapping[str, Any] | None = None,
+    log: Iterable[Mapping[str, Any]] = (),
+) -> str:
     """Markdown with the header that the Hugging Face hub reads.
 
     Args:
         record: `run.json` of a checkpoint.
         results: `results.json` of an evaluation of this model (`icl_eval.evaluation.Results.save`).
+        log: rows of `metrics.jsonl`; without results, few-shot scores that were taken while training are shown.
     """
     recipe = record["recipe"]
     bases = [recipe["model"][part] for part in ("language", "vision")]
@@ -36,7 +41,7 @@ def model_card(record: Mapping[str, Any], results: Mapping[str, Any] | None = No
         f"---\n{_yaml(header)}---\n# A Flamingo over {bases[0]} and {bases[1]}",
         f"Trained for {record['step']:,} of {recipe['steps']:,} steps of {recipe['batch']:,} sequences.",
         USE,
-        *([] if results is None else ["## Few-shot scores", *_scores(results)]),
+        *(_scores(results) if results is not None else _scores_while_training(record["step"], log)),
         "## Data",
         *_data(record),
         "## Faults",
@@ -111,6 +116,7 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     rows = [(task, *(shown.get((task, count), "–") for count in shots)) for task in tasks]
     commit = results["facts"].get("commit") or "unknown"
     parts = [
+        "## Few-shot scores",
         f"Shots per way, score with its 95 % interval; evaluated at commit {commit}:",
         _table(("task", *map(str, shots)), rows),
     ]
@@ -122,6 +128,19 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
         ]
         parts += ["Controls, which must be at chance:", _table(("control", "task", "shots", "score"), found)]
     return parts
+
+
+def _scores_while_training(step: int, log: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The last scores up to a step, of `fewshot/TASK/SHOTS`."""
+    last: dict[str, tuple[int, float]] = {}
+    for row in log:
+        found = {name: score for name, score in row.items() if name.startswith("fewshot/") and score is not None}
+        last |= {name: (row["step"], score) for name, score in found.items() if row["step"] <= step}
+    if not last:
+        return []
+    rows = [(*name.split("/")[1:], f"{at:,}", f"{score:.3f}") for name, (at, score) in last.items()]
+    table = _table(("task", "shots", "step", "accuracy"), rows)
+    return ["## Few-shot scores", "Taken while training, on few queries:", table]
 
 
 def _score(cell: Mapping[str, Any], task: Mapping[str, Any]) -> str:

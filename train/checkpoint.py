@@ -47,6 +47,7 @@ from train.faults import Faults
 from train.parallel import Processes
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
 FOLDER = "checkpoints"
 RECORD = "run.json"
@@ -121,7 +122,6 @@ class Checkpoints:
         # The writers talk among themselves: a group of its own keeps their words apart from the training's.
         self._group = dist.new_group(backend="gloo") if self.processes.world > 1 else None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=self.processes.device.type == "cuda")
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
     def __enter__(self) -> Self:
         return self

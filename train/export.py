@@ -25,6 +25,7 @@ from train.checkpoint import RECORD, all_checkpoints, fault_of, load_model, read
 from train.parallel import Processes, store_frozen_in_bfloat16
 from train.pretrain import build_model, save_model
 from train.recipe import Recipe, from_dict
+from train.tracking import METRICS_FILE, read_rows
 
 
 @dataclass
@@ -66,7 +67,7 @@ def export(checkpoint: Path, options: Export) -> Path:
     if recipe.parallel.frozen_in_bfloat16:
         store_frozen_in_bfloat16(model)
     load_model(model, path)
-    save_model(model, processor, record, out, Processes())
+    save_model(model, processor, record, read_rows(path.parent.parent / METRICS_FILE), out, Processes())
     results = find_results(path, options.results, out)
     if results is not None:
         write_text(out / "README.md", model_card(record, results))

@@ -33,7 +33,7 @@ from train.parallel import Processes, prepare, processes
 from train.preemption import Preemption, end
 from train.progress import Progress
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
-from train.tracking import Tracker
+from train.tracking import METRICS_FILE, Tracker, read_rows
 
 
 @dataclass
@@ -84,7 +84,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     if state.step < recipe.steps:
         end(out, state.step, processes)
     if unfinished or not (out / "model").exists():
-        save_model(model, processor, newest_record(out), out / "model", processes)
+        save_model(model, processor, newest_record(out), read_rows(out / METRICS_FILE), out / "model", processes)
     processes.wait()
     return out / "model"
 
@@ -240,6 +240,7 @@ def save_model(
     model: FlamingoForConditionalGeneration,
     processor: FlamingoProcessor,
     record: dict[str, Any],
+    log: list[dict[str, Any]],
     folder: Path,
     processes: Processes,
 ) -> None:
@@ -247,6 +248,7 @@ def save_model(
 
     Args:
         record: `run.json` of the checkpoint that holds the same state.
+        log: rows of the run's `metrics.jsonl`.
     """
     tensors = whole_tensors(model)
     if processes.is_main:
@@ -254,14 +256,16 @@ def save_model(
             model.save_pretrained(unfinished, state_dict=tensors)
             processor.save_pretrained(unfinished)
             write_text(unfinished / "recipe.json", json.dumps(record["recipe"], indent=1) + "\n")
-            write_text(unfinished / "README.md", model_card(record))
+            write_text(unfinished / "README.md", model_card(record, log=log))
 
 
 def whole_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Any] | None:
     """All tensors of a model whose parameters are shared out, in the main process; None where they are not."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    return {name: tensor for name, tensor in tensors.items() if name in once}  # a tied one has two names
 
 
 @command_line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -312,7 +313,7 @@ def from_dict(recipe: type[R], values: Mapping[str, Any], source: str) -> R:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(recipe)
     try:
-        return _instance(recipe, parser, lambda: parser.parse_object(dict(values)))
+        return _instance(recipe, parser, lambda: parser.parse_object(deepcopy(dict(values))))  # it changes what it gets
     except FlamingoError as error:
         raise FlamingoError(f"{source}: {error}") from error
 
