@@ -47,7 +47,10 @@ from train.faults import Faults
 from train.parallel import Processes
 
 logger = logging.getLogger(__name__)
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
+
+ALONE = "torch.distributed is disabled"
+"""How a warning begins that one process needs no group."""
+warnings.filterwarnings("ignore", message=ALONE)  # here, because writers are threads, which share all filters
 
 FOLDER = "checkpoints"
 RECORD = "run.json"
@@ -409,7 +412,9 @@ def load(tensors: dict[str, Any], path: Path, group: dist.ProcessGroup | None = 
         FlamingoError: where it cannot be read, or a tensor is missing or of another shape.
     """
     try:
-        dcp.load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=ALONE)
+            dcp.load(tensors, checkpoint_id=path, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise FlamingoError(f"{path}: cannot be loaded: {_reason(error)}") from error
 

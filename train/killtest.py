@@ -186,7 +186,7 @@ def go_on(run: Run, recipe: Path, process: subprocess.Popen[bytes] | None = None
     try:
         code: int | None = process.wait(LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.terminate()  # torchrun takes its workers with it
         code = None
     if code != 0:
         last = (run.folder / "output.log").read_text(errors="replace").strip().splitlines()[-5:]

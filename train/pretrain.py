@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -116,6 +119,7 @@ def train(
                 config=recipe.as_dict(), resume_id=state.run_id, start_step=state.step) as tracker,
         Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
         Preemption(processes, watch=checkpoints.watch) as preemption,
+        while_others_answer(recipe, state, processes),
     ):  # fmt: skip
         state.run_id = tracker.run_id
         loop.run(
@@ -131,6 +135,25 @@ def train(
             preemption=preemption,
             evaluations=Evaluations(recipe, state, processor, tracker, processes),
         )
+
+
+@contextmanager
+def while_others_answer(recipe: Recipe, state: TrainingState, processes: Processes) -> Iterator[None]:
+    """Within it a process that is gone is an error in one line, in all that are left.
+
+    Raises:
+        FlamingoError: it names this process, the step, and what torch.distributed said.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise FlamingoError(
+            f"process {processes.rank} of {processes.world}, after step {state.step}: another process is gone, or did "
+            f"not answer for parallel.timeout={recipe.parallel.timeout:g} seconds; start again to go on from the last "
+            f"checkpoint ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def open_sources(recipe: Recipe) -> list[Source]:

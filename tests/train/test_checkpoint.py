@@ -34,6 +34,9 @@ from train.parallel import Processes
 from train.pretrain import pretrain
 from train.recipe import ParallelRecipe, Recipe
 
+LONGER = 24
+"""steps of a run whose number of processes changes after four: twenty more are compared"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,6 +49,14 @@ def whole(folder: Path) -> Path:
     """An uninterrupted run, all of whose checkpoints stay."""
     out = folder / "whole"
     pretrain(recipe_of(folder, out, keep_checkpoints=1, keep_every=4), Processes())
+    return out
+
+
+@pytest.fixture(scope="module")
+def longer(folder: Path) -> Path:
+    """An uninterrupted run of twice the steps."""
+    out = folder / "longer"
+    pretrain(recipe_of(folder, out, steps=LONGER), Processes())
     return out
 
 
@@ -283,23 +294,23 @@ def full_parameters(out: Path) -> dict[str, torch.Tensor]:
     ids=lambda kind: "-".join(map(str, kind)),
 )
 def test_other_processes_kinds_and_workers_go_on(
-    folder: Path, whole: Path, tmp_path: Path, before: tuple[int, str, int], after: tuple[int, str, int]
+    folder: Path, longer: Path, tmp_path: Path, before: tuple[int, str, int], after: tuple[int, str, int]
 ) -> None:
     """Catches a state that only those can read who wrote it, and optimizer states that are given to other tensors."""
-    for steps, (world, kind, workers) in ((4, before), (STEPS, after)):
-        recipe = recipe_of(folder, tmp_path, parallel=ParallelRecipe(kind, timeout=30))  # type: ignore[arg-type]
+    for steps, (world, kind, workers) in ((4, before), (LONGER, after)):
+        recipe = recipe_of(folder, tmp_path, steps=LONGER, parallel=ParallelRecipe(kind, timeout=30))  # type: ignore[arg-type]
         recipe.data.workers = workers
 
         def run(processes: Processes, recipe: Recipe = recipe, steps: int = steps) -> Any:
-            if steps < STEPS:
+            if steps < LONGER:
                 at_step(steps + 1, stop)
             pretrain(recipe, processes)
 
-        assert forked(run, world) == [(0, "PurposeError: enough" if steps < STEPS else None)] * world
-        assert saved(tmp_path) == ([4] if steps < STEPS else [8, 12])
-    curves = [[float(loss) for loss in losses(out)] for out in (tmp_path, whole)]
+        assert forked(run, world) == [(0, "PurposeError: enough" if steps < LONGER else None)] * world
+        assert saved(tmp_path) == ([4] if steps < LONGER else [20, 24])
+    curves = [[float(loss) for loss in losses(out)] for out in (tmp_path, longer)]
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
-    expected, found = full_parameters(whole), full_parameters(tmp_path)
+    expected, found = full_parameters(longer), full_parameters(tmp_path)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
