@@ -28,6 +28,7 @@ import jsonargparse
 import yaml
 from rich import get_console
 from rich.table import Table
+from transformers.utils import logging
 
 from data_shards.glyphs.documents import write_world_shards
 from data_shards.loader import rank_batches
@@ -367,6 +368,7 @@ def switch_table(switches: list[Switch]) -> Table:
 @command_line
 def main() -> None:
     """Entry point of `python -m train.killtest`."""
+    logging.disable_progress_bar()
     parser = jsonargparse.ArgumentParser(exit_on_error=False, description=__doc__)
     parser.add_class_arguments(Options)
     try:

@@ -42,6 +42,7 @@ class Preemption:
         self._processes, self._watch = processes, watch
         self._first: float | None = None
         self._before: dict[signal.Signals, Any] = {}
+        os.register_at_fork(after_in_child=self._be_deaf)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -58,6 +59,10 @@ class Preemption:
         if self._watch is not None:
             self._watch()
         return self._processes.any(self._first is not None)
+
+    def _be_deaf(self) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -76,6 +77,26 @@ def test_a_signal_to_one_process_ends_all_at_one_step(folder: Path, tmp_path: Pa
 
     assert forked(run, world=2) == [(EXIT_CODE, None)] * 2
     assert saved(tmp_path) == [4, 6] and len(losses(tmp_path)) == 6
+
+
+def test_a_signal_to_everyone_spares_those_who_read(folder: Path, tmp_path: Path) -> None:
+    """Catches a reader that dies of the job's signal and takes the run along, before its state is saved."""
+
+    def signal_all() -> None:
+        readers = [process.pid for process in multiprocessing.active_children()]
+        assert len(readers) == 2
+        subprocess.run(["kill", "-TERM", *map(str, readers)], check=True)  # torch lets readers go at a parent's word
+        time.sleep(0.2)
+        send(signal.SIGTERM)()
+
+    def run(processes: Processes) -> None:
+        at_step(6, signal_all)
+        recipe = recipe_of(folder, tmp_path, steps=200)
+        recipe.data.workers = 2
+        pretrain(recipe, processes)
+
+    assert forked(run) == [(EXIT_CODE, None)]
+    assert saved(tmp_path) == [4, 6]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(folder: Path, whole: Path, tmp_path: Path) -> None:
