@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-MANY_PRODUCTS, LARGE_MATRIX = 1 << 22, 1 << 18
+MANY_PRODUCTS, LARGE_MATRIX = 1 << 24, 1 << 18
 """multiplications, or elements of the matrix, from which on the detour (15 µs a product) saves more than it costs"""
 
 

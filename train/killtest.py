@@ -44,12 +44,7 @@ POLL_SECONDS = {True: 0.001, False: 0.05}
 """Between two looks at a run: for its saves, which are short, and for its steps."""
 LIMIT_SECONDS = 300.0
 """How long one run may take, kills included."""
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Else torchrun gives restarted workers a store with the addresses of the dead (pytorch/pytorch#135712).
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Of the processes that are started."""
 COMPARED_STEPS = 20
 CLOSE = 1e-6

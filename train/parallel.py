@@ -94,6 +94,17 @@ class Processes:
             dist.barrier()
 
 
+def meeting_place(timeout: timedelta) -> dist.Store:
+    """torchrun's store, with a room of its own for each restart: addresses of the dead stay in it (pytorch#135712).
+
+    Several hosts do not count restarts alike: there `train/recipes/multinode.sh` turns the sharing off.
+    """
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return dist.PrefixStore(f"restart-{restarts}", store)
+
+
 @contextmanager
 def processes(timeout: float = ParallelRecipe.timeout) -> Iterator[Processes]:
     """Join the process group of torchrun (NCCL on GPUs, and Gloo beside it for what lies on CPUs) and leave it at last.
@@ -109,7 +120,9 @@ def processes(timeout: float = ParallelRecipe.timeout) -> Iterator[Processes]:
         yield Processes(device=device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    place = meeting_place(limit)
+    dist.init_process_group(backend, store=place, rank=int(os.environ["RANK"]), world_size=world, timeout=limit)
     try:
         yield Processes(dist.get_rank(), world, device)
     finally:

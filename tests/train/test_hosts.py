@@ -70,7 +70,12 @@ def start(host: str, number: int, recipe: Path, log: Path) -> subprocess.Popen[b
         f"--rdzv-endpoint=10.77.0.1:{PORT}", f"--local-addr=10.77.0.{number}", "--rdzv-id=run",
         f"--rdzv-conf=is_host={int(number == 1)}",
     ]  # fmt: skip
-    environment = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "cable"}
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "GLOO_SOCKET_IFNAME": "cable",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as train/recipes/multinode.sh
+    }
     command = ["ip", "netns", "exec", host, *torchrun, "-m", "train.pretrain", "--config", str(recipe)]
     with log.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment)

@@ -25,6 +25,8 @@ if [[ ${1:-} == --save-and-stop ]]; then
   exec pkill -USR1 --parent "$torchrun"
 fi
 
+# A store that outlives restarts holds the addresses of the dead (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes="${NODES:-1}" \
   --nproc-per-node="${GPUS:-gpu}" \
