@@ -42,7 +42,9 @@ class Preemption:
         self._processes, self._watch = processes, watch
         self._first: float | None = None
         self._before: dict[signal.Signals, Any] = {}
-        os.register_at_fork(after_in_child=self._be_deaf)
+        self._mask: set[Any] = set()
+        # Before, not in the child: libraries start threads there that would be all ears.
+        os.register_at_fork(before=self._cover_ears, after_in_parent=self._listen)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -60,9 +62,14 @@ class Preemption:
             self._watch()
         return self._processes.any(self._first is not None)
 
-    def _be_deaf(self) -> None:
+    def _cover_ears(self) -> None:
+        """Processes that are forked, which read data, stay deaf to the job's signals; this one only for the moment."""
         if self._before:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _listen(self) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
