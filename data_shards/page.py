@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image as PilImage
 
 from data_shards.sources.reading import image_header
@@ -71,6 +71,17 @@ class Token:
         return f"sees medium {self.first}" if self.first == self.last else f"sees media {self.first} to {self.last}"
 
 
+def template(module: str, name: str) -> Template:
+    """The template `name` in the folder `templates` beside a module's file; it escapes, and refuses names not given."""
+    return Environment(
+        loader=FileSystemLoader(Path(module).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
+
+
 def write_page(
     document: Document,
     path: str | Path,
@@ -92,15 +103,8 @@ def write_page(
     Raises:
         FlamingoError: where `media_attention` is neither.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     tokens, tokens_fault = _tokens(document, processor, media_attention) if processor else ([], "")
-    page = environment.get_template("document.html").render(
+    page = template(__file__, "document.html").render(
         key=document.key or "document without a key",
         source=document.source,
         facts=_facts(document),

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from data_shards.page import template
 from flamingo.files import write_text
 from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
@@ -71,17 +71,10 @@ def write_report(
         title: heading of the page.
         facts: further label → text for the provenance table; mappings, such as a recipe, are folded away below it.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shots = sorted({cell.shots for cell in results.cells if cell.control is None})
     rows = [row for row in training_log if row.get("step") is not None]
     rows_of_facts, folded = _facts(results, facts or {})
-    page = environment.get_template("report.html").render(
+    page = template(__file__, "report.html").render(
         title=title,
         headline=_headline(results),
         tiles=_tiles(results),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jsonargparse import ArgumentError, ArgumentParser
 from markupsafe import Markup
 
+from data_shards.page import template
 from flamingo.errors import FlamingoError, command_line, plain_options
 from flamingo.files import write_text
 from icl_eval.charts import COLOURS, Series, line_chart, number
@@ -30,17 +30,10 @@ SUFFIXES = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
 def write_page(run: Run, path: str | Path, title: str = "") -> Path:
     """Write the page of a run to `path`: everything is inline, so that it can be kept, mailed and opened anywhere."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sections: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for plot in PLOTS:
         sections[plot.section] += charts(run, plot)
-    page = environment.get_template("curves.html").render(
+    page = template(__file__, "curves.html").render(
         title=title or _name(run.source.resolve()),
         run=run,
         tiles=_tiles(run),
