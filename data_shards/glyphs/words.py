@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_shards.glyphs.pictures import POSITIONS, STYLES, WORLD_SEED, load_world
+from flamingo.instructions import ANSWER
 from flamingo.processing import END_OF_CHUNK
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
-ANSWER = "<answer>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, END_OF_CHUNK, ANSWER)
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"

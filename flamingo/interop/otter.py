@@ -17,13 +17,12 @@ from torch import Tensor
 from flamingo.backbones import from_backbones
 from flamingo.errors import FlamingoError
 from flamingo.files import whole
+from flamingo.instructions import ANSWER
 from flamingo.interop import open_flamingo
 from flamingo.interop.open_flamingo import NewOutputRows
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 
-ANSWER = "<answer>"
-"""Otter's third token: it stands before what is answered."""
 WEIGHTS = ("model", "safetensors"), ("pytorch_model", "bin")
 CLASSES = {"llama": "LlamaForCausalLM", "mpt": "MPTForCausalLM"}
 """LMs that Otter's code builds, and its names for them."""
