@@ -122,8 +122,11 @@ class Checkpoints:
     _writer: _Writer | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        # The writers talk among themselves: a group of its own keeps their words apart from the training's.
-        self._group = dist.new_group(backend="gloo") if self.processes.world > 1 else None
+        # The writers talk among themselves: a group of its own keeps their words apart from the training's. It does not
+        # take the other group's timeout over.
+        self._group = (
+            dist.new_group(backend="gloo", timeout=self.processes.timeout) if self.processes.world > 1 else None
+        )
         self._stager = BlockingAsyncStager(cache_staged_state_dict=self.processes.device.type == "cuda")
 
     def __enter__(self) -> Self:

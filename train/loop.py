@@ -85,6 +85,7 @@ def run(
         skipped.note(step, update.skipped, meter.shares, [batch["keys"] for batch in micro_batches])
         state.step, samples = step, step * recipe.batch
         progress.update(step, update.loss, rates["plain"], meter.rates())
+        checkpoints.watch()
         ends = preemption is not None and preemption.requested()
         saves = ends or due(step, recipe.save_every, recipe.steps)
         if saves or due(step, recipe.tracking.log_every, recipe.steps):

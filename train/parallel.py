@@ -56,6 +56,8 @@ class Processes:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: timedelta | None = None
+    """how long one waits for another that does not answer; None: torch's own limit, half an hour"""
 
     @property
     def is_main(self) -> bool:
@@ -124,7 +126,7 @@ def processes(timeout: float = ParallelRecipe.timeout) -> Iterator[Processes]:
     place = meeting_place(limit)
     dist.init_process_group(backend, store=place, rank=int(os.environ["RANK"]), world_size=world, timeout=limit)
     try:
-        yield Processes(dist.get_rank(), world, device)
+        yield Processes(dist.get_rank(), world, device, limit)
     finally:
         dist.destroy_process_group()
         # DDP and FSDP2 keep Gloo's threads alive past this. One that still holds a tensor when Python is taken down

@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
@@ -31,15 +30,12 @@ class Preemption:
     """Notes the signals of this process while it is open, and brings all processes of the run to the same answer.
 
     The first signal is a request; another one, `SAME_SECONDS` later, ends the process at once. Handlers are those of
-    the main thread's; opened in another one, nothing is caught. What was there before is put back at the end.
-
-    Args:
-        processes: of the run.
-        watch: called by `requested`, at the end of every step in all processes; may raise.
+    the main thread's; opened in another one, nothing is caught. What was there before is put back at the end. Keep it
+    open until the state is saved: the second of two signals that are one request must not end the process before.
     """
 
-    def __init__(self, processes: Processes, watch: Callable[[], None] | None = None) -> None:
-        self._processes, self._watch = processes, watch
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
         self._first: float | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._mask: set[Any] = set()
@@ -58,8 +54,6 @@ class Preemption:
 
     def requested(self) -> bool:
         """Whether a process of the run was signalled. All processes ask at the end of a step: one word between them."""
-        if self._watch is not None:
-            self._watch()
         return self._processes.any(self._first is not None)
 
     def _cover_ears(self) -> None:

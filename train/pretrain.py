@@ -70,22 +70,20 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     out = Path(recipe.out)
     faults = Faults(processes, out, recipe.data.max_fault_share)
     state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, recipe.steps), faults)
-    with Checkpoints(
-        out,
-        identity(recipe, sources, processor),
-        processes,
-        recipe.keep_checkpoints,
-        recipe.keep_every,
-        about(recipe, sources),
-    ) as checkpoints:
-        resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
-        if processes.is_main and resumed:
-            print(f"resumed from step {state.step} of {recipe.steps} in {out}")
-        unfinished = state.step < recipe.steps
-        if unfinished:
-            train(recipe, state, prepared, sources, processor, checkpoints, processes)
-    if state.step < recipe.steps:
-        end(out, state.step, processes)
+    with Preemption(processes) as preemption:
+        with (
+            while_others_answer(recipe, state, processes),
+            Checkpoints(out, identity(recipe, sources, processor), processes, recipe.keep_checkpoints,
+                        recipe.keep_every, about(recipe, sources)) as checkpoints,
+        ):  # fmt: skip
+            resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
+            if processes.is_main and resumed:
+                print(f"resumed from step {state.step} of {recipe.steps} in {out}")
+            unfinished = state.step < recipe.steps
+            if unfinished:
+                train(recipe, state, prepared, sources, processor, checkpoints, preemption, processes)
+        if state.step < recipe.steps:
+            end(out, state.step, processes)
     if unfinished or not (out / "model").exists():
         save_model(model, processor, newest_record(out), read_rows(out / METRICS_FILE), out / "model", processes)
     processes.wait()
@@ -99,6 +97,7 @@ def train(
     sources: list[Source],
     processor: FlamingoProcessor,
     checkpoints: Checkpoints,
+    preemption: Preemption,
     processes: Processes,
 ) -> None:
     """Set up what the loop reads from and writes to, and run it; `prepared` is `state.model`, made parallel."""
@@ -118,8 +117,6 @@ def train(
         Tracker(out, project=recipe.tracking.project, name=out.name, mode=recipe.tracking.mode,
                 config=recipe.as_dict(), resume_id=state.run_id, start_step=state.step) as tracker,
         Progress(recipe.steps, start=state.step, enabled=processes.is_main) as progress,
-        Preemption(processes, watch=checkpoints.watch) as preemption,
-        while_others_answer(recipe, state, processes),
     ):  # fmt: skip
         state.run_id = tracker.run_id
         loop.run(

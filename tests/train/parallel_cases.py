@@ -273,7 +273,7 @@ def not_finite(runs: Runs, kind: str, out: Path, *, steps: int, bad: set[int], s
     error = None
     data: Any = SimpleNamespace(used=lambda position: {}, epochs=lambda position: {})
     progress: Any = SimpleNamespace(update=lambda *figures: None)
-    nothing: Any = SimpleNamespace(save=lambda state: None)
+    nothing: Any = SimpleNamespace(save=lambda state: None, watch=lambda: None)
     tracker: Any = SimpleNamespace(log=log)
     model = Spoilt() if spoil == "loss" else prepared
     try:

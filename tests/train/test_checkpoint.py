@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,22 @@ def test_a_save_that_fails_stops_all_processes_at_one_step(folder: Path, tmp_pat
     assert saved(tmp_path) == [4] and fault_of(tmp_path / "checkpoints" / "step-000004") is None
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"], "the room is given back"
     assert len(losses(tmp_path)) < STEPS
+
+
+def test_writers_wait_as_long_for_each_other_as_the_recipe_says(tmp_path: Path) -> None:
+    """Catches a host that is gone during a save and holds the others up for torch's half hour."""
+
+    def run(processes: Processes) -> bool:
+        checkpoints = Checkpoints(tmp_path, {}, replace(processes, timeout=timedelta(seconds=2)))
+        start = time.monotonic()
+        if processes.rank == 1:
+            time.sleep(8)
+        else:
+            with pytest.raises(RuntimeError):
+                checkpoints._all_said(None)
+        return time.monotonic() - start < 6
+
+    assert forked(run, world=2) == [(0, True), (0, False)]
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def training(tmp_path: Path) -> Callable[..., list[str]]:
         state = TrainingState(model, optimizer, build_schedule(optimizer, recipe.optimizer, STEPS), faults, start)
         parts: dict[str, Any] = {
             "data": SimpleNamespace(used=lambda position: {"web": position}, epochs=lambda position: {"web": 0.5}),
-            "checkpoints": SimpleNamespace(save=lambda state: called.append(f"save {state.step}")),
+            "checkpoints": SimpleNamespace(save=lambda state: called.append(f"save {state.step}"), watch=lambda: None),
             "tracker": SimpleNamespace(log=lambda step, row: called.append(f"log {step} {row['tokens']:.0f}")),
             "progress": SimpleNamespace(update=lambda *figures: None),
             "preemption": SimpleNamespace(requested=lambda: state.step == stop),

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.train.runs import STEPS, at_step, forked, losses, prepare_folder, recipe_of, saved, stop
-from train import preemption
+from train import checkpoint, preemption
 from train.killtest import ENVIRONMENT, worker
 from train.parallel import Processes
 from train.preemption import EXIT_CODE, Preemption
@@ -65,6 +65,31 @@ def test_a_signal_saves_and_ends_with_85(folder: Path, whole: Path, tmp_path: Pa
     assert note.read_text() == "6\n" and not (tmp_path / "run" / "model").exists()
     pretrain(recipe_of(folder, tmp_path / "run"), Processes())
     assert losses(tmp_path / "run") == losses(whole) and not note.exists()
+
+
+def test_a_second_signal_does_not_cut_the_save_short(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a step that ends between two signals of one request, so that the second kills the process as it saves."""
+
+    def run(processes: Processes) -> None:
+        save = checkpoint.dcp.save
+
+        def saves(*arguments: Any, **named: Any) -> Any:
+            time.sleep(0.6)  # by then the loop has returned, and waits for this thread
+            send(signal.SIGTERM)()
+            time.sleep(0.2)
+            return save(*arguments, **named)
+
+        def first() -> None:
+            monkeypatch.setattr(checkpoint.dcp, "save", saves)
+            send(signal.SIGTERM)()
+
+        at_step(6, first)
+        pretrain(recipe_of(folder, tmp_path), processes)
+
+    assert forked(run) == [(EXIT_CODE, None)]
+    assert saved(tmp_path) == [4, 6]
 
 
 def test_a_signal_to_one_process_ends_all_at_one_step(folder: Path, tmp_path: Path) -> None:
