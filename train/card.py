@@ -31,14 +31,13 @@ def model_card(
         log: rows of `metrics.jsonl`; without results, few-shot scores that were taken while training are shown.
     """
     recipe = record["recipe"]
-    bases = [recipe["model"][part] for part in ("language", "vision")]
+    bases = {part: recipe["model"][part] for part in ("language", "vision")}
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["flamingo", "few-shot"]}
-    on_hub = [name for name in bases if name.count("/") == 1 and not name.startswith((".", "/", "~", "package:"))]
-    if on_hub:
+    if on_hub := [name for part, name in bases.items() if record["identity"]["backbones"][part] == name]:
         header["base_model"] = on_hub
     made_by = record["made_by"]
     parts = [
-        f"---\n{_yaml(header)}---\n# A Flamingo over {bases[0]} and {bases[1]}",
+        f"---\n{_yaml(header)}---\n# A Flamingo over {bases['language']} and {bases['vision']}",
         f"Trained for {record['step']:,} of {recipe['steps']:,} steps of {recipe['batch']:,} sequences.",
         USE,
         *(_scores(results) if results is not None else _scores_while_training(record["step"], log)),
@@ -47,7 +46,7 @@ def model_card(
         "## Faults",
         *_faults(record["faults"].get("counts", {})),
         "## Backbones",
-        _table(("part", "from", "SHA-256 or revision"), _backbones(record)),
+        _table(("part", "from", "SHA-256, or id on the hub"), _backbones(record)),
         "## Recipe",
         f"```yaml\n{_yaml(recipe)}```",
         "## Made by",

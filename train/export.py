@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from flamingo.backbones import backbone_identity
 from flamingo.errors import FlamingoError, command_line, plain_options
-from flamingo.files import write_text
+from flamingo.files import whole, write_text
 from icl_eval.run import identity as model_identity
 from train.card import model_card
 from train.checkpoint import RECORD, all_checkpoints, fault_of, load_model, read_record
@@ -67,10 +67,11 @@ def export(checkpoint: Path, options: Export) -> Path:
     if recipe.parallel.frozen_in_bfloat16:
         store_frozen_in_bfloat16(model)
     load_model(model, path)
-    save_model(model, processor, record, read_rows(path.parent.parent / METRICS_FILE), out, Processes())
-    results = find_results(path, options.results, out)
-    if results is not None:
-        write_text(out / "README.md", model_card(record, results))
+    with whole(out) as unfinished:
+        save_model(model, processor, record, read_rows(path.parent.parent / METRICS_FILE), unfinished, Processes())
+        results = find_results(path, options.results, unfinished)
+        if results is not None:
+            write_text(unfinished / "README.md", model_card(record, results))
     return path
 
 
@@ -102,8 +103,8 @@ def check_backbone(path: Path, part: str, place: str, wanted: str) -> None:
         raise FlamingoError(f"{path}: the {part} backbone was {wanted}, {place} is {found}; give its place as --{part}")
 
 
-def find_results(path: Path, given: str | None, out: Path) -> dict[str, Any] | None:
-    """The results that were measured on the exported weights, if there are any.
+def find_results(path: Path, given: str | None, model: Path) -> dict[str, Any] | None:
+    """The results that were measured on the weights in the folder `model`, if there are any.
 
     Raises:
         FlamingoError: where those that were `given` are of other weights.
@@ -116,7 +117,7 @@ def find_results(path: Path, given: str | None, out: Path) -> dict[str, Any] | N
         measured = results["facts"]["model"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FlamingoError(f"{file}: expected results of flamingo-eval or flamingo-quickstart") from error
-    if measured == model_identity(str(out))["sha256"]:
+    if measured == model_identity(str(model))["sha256"]:
         return results
     if given:
         raise FlamingoError(f"--results {file}: measured on other weights than those of {path}")

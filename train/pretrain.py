@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
         FlamingoError: where shards, backbones or the recipe are not as expected, or a checkpoint cannot be written.
         SystemExit: where the machine was wanted back, after the state is saved (`train.preemption.end`).
     """
+    recipe = recipe.alone()
     recipe.check(processes.world)
     if recipe.data.glyphs is not None:
         make_glyphs(recipe, processes)
@@ -294,14 +295,13 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     command = from_command_line(Command, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
-    recipe = Recipe(**{field.name: getattr(command, field.name) for field in fields(Recipe)})
     if command.dry_run:
         from train.plan import dry_run  # it builds what this module builds
 
-        dry_run(recipe)
+        dry_run(command)
         return
-    with processes(recipe.parallel.timeout) as group:
-        folder = pretrain(recipe, group)
+    with processes(command.parallel.timeout) as group:
+        folder = pretrain(command, group)
         if group.is_main:
             print(f"model: {folder}")
 

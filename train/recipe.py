@@ -243,18 +243,22 @@ class Recipe:
         """A path of the recipe, with `{out}` filled in."""
         return Path(self.place(template))
 
+    def alone(self) -> Recipe:
+        """Without what a command adds to it: what a checkpoint keeps, and is read back as."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints and trackers."""
         return asdict(self)
 
     def check(self, processes: int = 1) -> None:
         """Raise FlamingoError for numbers that cannot be, naming the field, before anything takes time."""
-        positive = {name: getattr(self, name) for name in ("steps", "batch", "micro_batch", "save_every")}
-        positive["keep_checkpoints"] = self.keep_checkpoints
-        positive["non_finite_limit"] = self.non_finite_limit
-        self.parallel.check()
-        positive["tracking.log_every"] = self.tracking.log_every
-        positive |= {"data.max_tokens": self.data.max_tokens, "data.max_media": self.data.max_media}
+        own = ("steps", "batch", "micro_batch", "save_every", "keep_checkpoints", "non_finite_limit")
+        positive = {name: getattr(self, name) for name in own} | {
+            "tracking.log_every": self.tracking.log_every,
+            "data.max_tokens": self.data.max_tokens,
+            "data.max_media": self.data.max_media,
+        }
         for name, number in positive.items():
             if number < 1:
                 raise FlamingoError(f"{name}={number}: expected a positive number")
@@ -272,6 +276,7 @@ class Recipe:
             )
         if not self.data.sources:
             raise FlamingoError("data.sources: expected at least one source")
+        self.parallel.check()
         self.evaluation.check()
 
 
