@@ -12,10 +12,9 @@ from typing import Any
 
 from flamingo.document import Document, Medium, Segment, Text
 from flamingo.errors import FlamingoError
-from flamingo.processing import END_OF_CHUNK
+from flamingo.processing import ANSWER, END_OF_CHUNK
 
-ANSWER = "<answer>"
-"""Otter's third token: it stands before what is answered."""
+__all__ = ["ANSWER", "Turn", "instruction_document"]
 
 
 @dataclass(frozen=True)

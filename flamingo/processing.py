@@ -27,17 +27,40 @@ IMAGE_TOKEN = "<image>"
 VIDEO_MARK = "<video>"
 """Where a video stands in a text given to the processor; to the model it is `<image>`, a video being one medium."""
 END_OF_CHUNK = "<|endofchunk|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content %}"
-    "{% for part in parts if part.type in ('image', 'video') %}<{{ part.type }}>{% endfor %}"
-    "{{ {'user': 'User:', 'assistant': ' GPT:'}.get(message.role, '') }}"
-    "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}"
-    "{% if message.role != 'user' %}<|endofchunk|>{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %} GPT:{% endif %}"
-)
-"""A chat as one interleaved document, in Otter's form: `<image>User:{question} GPT:{answer}<|endofchunk|>`."""
+ANSWER = "<answer>"
+"""Otter's third token: it stands before what is answered."""
+
+
+def chat_template(answer_mark: bool, spaced: bool) -> str:
+    """Jinja that renders a chat as `flamingo.instructions.instruction_document` and `render` do its turns.
+
+    A user's message is its media, then `User:{question}`; what the assistant says is ` GPT:{answer}<|endofchunk|>`. A
+    system message is a chunk of its own, without a name before it: Otter has none. Turns are a user's message and the
+    assistant's; only the last may be without an answer.
+
+    Args:
+        answer_mark: put `<answer>` before each answer, for models that were tuned.
+        spaced: a space after `User:` and before the answer, as models released through July 2023 were tuned.
+    """
+    space, mark = " " if spaced else "", ANSWER if answer_mark else ""
+    return (
+        "{% for message in messages %}"
+        "{% if message.role == 'user' and not loop.last and loop.nextitem.role != 'assistant' %}"
+        "{{ raise_exception('a user message before the last: expected an answer of the assistant after it') }}"
+        "{% endif %}"
+        "{% set parts = [{'type': 'text', 'text': message.content}] "
+        "if message.content is string else message.content %}"
+        "{% for part in parts if part.type in ('image', 'video') %}<{{ part.type }}>{% endfor %}"
+        f"{{{{ {{'user': 'User:{space}', 'assistant': ' GPT:{mark}{space}'}}.get(message.role, '') }}}}"
+        "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}"
+        "{% if message.role != 'user' %}<|endofchunk|>{% endif %}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}} GPT:{mark}{{% endif %}}"
+    )
+
+
+CHAT_TEMPLATE = chat_template(answer_mark=False, spaced=False)
+"""The default, for models that were never tuned: `<image>User:{question} GPT:{answer}<|endofchunk|>`."""
 IGNORED = -100
 """Label of a position that does not count in the loss (PyTorch's `ignore_index`)."""
 RULES = ("flamingo", "open_flamingo")
@@ -415,7 +438,7 @@ class FlamingoProcessor(ProcessorMixin):
                 )
         where = f"of sample {sample}"
         media: dict[str, Iterator[Medium]] = {
-            IMAGE_TOKEN: iter([_as_image(image, f"image {n} {where}") for n, image in enumerate(images)]),
+            IMAGE_TOKEN: iter([as_image(image, f"image {n} {where}") for n, image in enumerate(images)]),
             VIDEO_MARK: iter([_as_video(video, f"video {n} {where}") for n, video in enumerate(videos)]),
         }
         text = text.replace(VIDEO_MARK, IMAGE_TOKEN)
@@ -459,7 +482,12 @@ def _for_each_text(name: str, given: Any, texts: int, is_medium: Callable[[Any],
     return [list(each or []) for each in several]
 
 
-def _as_image(given: Any, name: str) -> Image:
+def as_image(given: Any, name: str) -> Image:
+    """An image given as `flamingo.Image`, bytes of a file, its path, or a PIL image; `name` is for messages.
+
+    Raises:
+        FlamingoError: where it is none of these, or there is no such file.
+    """
     if isinstance(given, Image):
         return given
     if isinstance(given, bytes):
@@ -483,4 +511,4 @@ def _as_video(given: Any, name: str) -> Video:
         return given
     if not _is_video(given):
         raise FlamingoError(f"{name}: expected flamingo.Video or a list of frames, got {type(given).__name__}")
-    return Video(tuple(_as_image(frame, f"frame {n} of {name}") for n, frame in enumerate(given)))
+    return Video(tuple(as_image(frame, f"frame {n} of {name}") for n, frame in enumerate(given)))
