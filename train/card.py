@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from data_shards.order import MixtureOrder
+from train.recipe import sampling_shares
 
 USE = """```python
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -30,14 +31,13 @@ def model_card(
         results: `results.json` of an evaluation of this model (`icl_eval.evaluation.Results.save`).
         log: rows of `metrics.jsonl`; without results, few-shot scores that were taken while training are shown.
     """
-    recipe = record["recipe"]
-    bases = {part: recipe["model"][part] for part in ("language", "vision")}
+    recipe, origins = record["recipe"], _origins(record)
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["flamingo", "few-shot"]}
-    if on_hub := [name for part, name in bases.items() if record["identity"]["backbones"][part] == name]:
+    if on_hub := [name for _, name, identity in origins if identity == name]:
         header["base_model"] = on_hub
     made_by = record["made_by"]
     parts = [
-        f"---\n{_yaml(header)}---\n# A Flamingo over {bases['language']} and {bases['vision']}",
+        f"---\n{_yaml(header)}---\n# {_title(record)}",
         f"Trained for {record['step']:,} of {recipe['steps']:,} steps of {recipe['batch']:,} sequences.",
         USE,
         *(_scores(results) if results is not None else _scores_while_training(record["step"], log)),
@@ -46,7 +46,7 @@ def model_card(
         "## Faults",
         *_faults(record["faults"].get("counts", {})),
         "## Backbones",
-        _table(("part", "from", "SHA-256, or id on the hub"), _backbones(record)),
+        _table(("part", "from", "SHA-256, or id on the hub"), [(*each[:2], f"`{each[2]}`") for each in origins]),
         "## Recipe",
         f"```yaml\n{_yaml(recipe)}```",
         "## Made by",
@@ -61,7 +61,7 @@ def samples_used(record: Mapping[str, Any]) -> dict[str, int]:
     recipe = record["recipe"]
     sources = recipe["data"]["sources"]
     order = MixtureOrder(
-        [source["share"] for source in sources.values()],
+        sampling_shares(recipe["data"], record["documents"]),
         recipe["seed"],
         [source["start_step"] * recipe["batch"] for source in sources.values()],
     )
@@ -101,9 +101,24 @@ def _faults(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _backbones(record: Mapping[str, Any]) -> Iterable[Sequence[str]]:
-    identities = record["identity"]["backbones"]
-    return [(part, record["recipe"]["model"][part], f"`{identity}`") for part, identity in identities.items()]
+def _title(record: Mapping[str, Any]) -> str:
+    """What it is, in a line."""
+    names = {part: name for part, name, _ in _origins(record)}
+    if "tuned from" in names:
+        return f"A Flamingo tuned on instructions from {names['tuned from']}"
+    return f"A Flamingo over {names['language']} and {names['vision']}"
+
+
+def _origins(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the model was made from: the part, its name, and its SHA-256 or id on the hub."""
+    recipe, identity = record["recipe"], record["identity"]
+    if "model" in recipe:
+        return [(part, recipe["model"][part], identity["backbones"][part]) for part in ("language", "vision")]
+    backbones = record["backbones"].items()
+    return [
+        ("tuned from", recipe["init"]["path"], identity["init"]),
+        *((part, origin["name"], origin["sha256"] or origin["name"]) for part, origin in backbones),
+    ]
 
 
 def _scores(results: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import HELD_OUT, Task, load_task
 from train.checkpoint import TrainingState
 from train.parallel import Processes, gathered
-from train.recipe import Recipe
+from train.recipe import Run
 from train.tracking import Generation, Tracker
 
 SIDE = 160
@@ -45,7 +45,7 @@ class Evaluations:
         FlamingoError: where a task is unknown or malformed, or asks for more shots than it has pictures.
     """
 
-    recipe: Recipe
+    recipe: Run
     state: TrainingState
     processor: FlamingoProcessor
     tracker: Tracker

@@ -329,7 +329,7 @@ def samples_are_the_same(recipe: Path, step: int) -> bool:
     """Whether one process reads, in order, what two read together, in the steps after a switch."""
     own = from_command_line(Recipe, ["--config", str(recipe)])
     _, processor = build_model(own)
-    data = micro_batches(own, open_sources(own), processor)
+    data = micro_batches(own, open_sources(own), processor, own.model.media_attention)
 
     def keys(rank: int, world: int) -> list[list[str]]:
         batches = rank_batches(data, batch=own.batch, start_step=step, steps=COMPARED_STEPS, rank=rank, world=world)

@@ -24,7 +24,7 @@ from train.meter import Meter, Update
 from train.optim import clip_gradients, squared_norms
 from train.parallel import Processes, without_synchronisation
 from train.progress import Progress
-from train.recipe import Recipe
+from train.recipe import Run
 from train.skipped import Skipped
 from train.tracking import METRICS_FILE, Tracker, read_rows
 
@@ -47,7 +47,7 @@ class Evaluations(Protocol):
 
 
 def run(
-    recipe: Recipe,
+    recipe: Run,
     state: TrainingState,
     model: nn.Module,
     data: MicroBatches,
@@ -92,6 +92,7 @@ def run(
             state.faults.settle(data.used(samples))
             row = meter.report(state, update, weights)
             row |= {f"learning_rate/{group}": rate for group, rate in rates.items()}
+            row |= {f"samples/{name}": float(used) for name, used in data.used(samples).items()}
             row |= {f"epoch/{name}": epochs for name, epochs in data.epochs(samples).items()}
             row |= state.faults.row(recipe.data.sources)
             tracker.log(step, {**row, "skipped_steps": float(skipped.steps), "samples": float(samples)})
@@ -108,7 +109,7 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def start_meter(recipe: Recipe, state: TrainingState, processes: Processes) -> Meter:
+def start_meter(recipe: Run, state: TrainingState, processes: Processes) -> Meter:
     """A meter that goes on from the last row of the log: there is one at every step that has a checkpoint."""
     counts = OperationCounter(state.model) if peak_flops(processes.device) is not None else None
     rows = read_rows(Path(recipe.out) / METRICS_FILE) if state.step else []

@@ -23,7 +23,7 @@ from torch import nn
 from flamingo import FlamingoForConditionalGeneration
 from flamingo.modeling import decoder_layers
 from train.parallel import Processes
-from train.recipe import Recipe
+from train.recipe import Run
 
 FULL = 0.9
 """The share of a GPU's memory from which on an estimate is taken for too much."""
@@ -52,12 +52,17 @@ def components(model: FlamingoForConditionalGeneration) -> list[Component]:
     return [
         Component(
             name,
-            sum(each.numel() for each in parameters),
+            sum(map(_elements, parameters)),
             sum(each.numel() for each in parameters if each.requires_grad),
             sum(each.numel() * each.element_size() for each in parameters),
         )
         for name, parameters in parts.items()
     ]
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; of 4 bits each, two share a byte (`train.nf4`)."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def component_table(model: FlamingoForConditionalGeneration) -> str:
@@ -103,14 +108,14 @@ class MemoryEstimate:
         yield "memory per GPU", f"about {_gigabytes(self.total)}: {parts}"
 
 
-def memory_estimate(model: FlamingoForConditionalGeneration, recipe: Recipe, world: int) -> MemoryEstimate:
+def memory_estimate(model: FlamingoForConditionalGeneration, recipe: Run, world: int) -> MemoryEstimate:
     """What a run of `world` processes takes of each GPU. The model may be on the meta device, or prepared already."""
     parallel, config = recipe.parallel, model.config
     halved = {
         id(parameter)
         for backbone in model.backbones().values()
-        if parallel.frozen_in_bfloat16 and not any(each.requires_grad for each in backbone.parameters())
         for parameter in backbone.parameters()
+        if parallel.frozen_in_bfloat16 and not parameter.requires_grad and parameter.is_floating_point()
     }
 
     def stored(parameters: Iterable[nn.Parameter]) -> float:
@@ -145,7 +150,7 @@ def memory_estimate(model: FlamingoForConditionalGeneration, recipe: Recipe, wor
     )
 
 
-def _activations(model: FlamingoForConditionalGeneration, recipe: Recipe) -> float:
+def _activations(model: FlamingoForConditionalGeneration, recipe: Run) -> float:
     """Bytes that a full micro-batch keeps for its backward pass."""
     config, parallel = model.config, recipe.parallel
     text: Any = config.text_config.get_text_config()
@@ -190,7 +195,7 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 
 
 def advice(
-    model: FlamingoForConditionalGeneration, recipe: Recipe, world: int, capacity: float | None = None
+    model: FlamingoForConditionalGeneration, recipe: Run, world: int, capacity: float | None = None
 ) -> list[str]:
     """Where a cheaper setting exists, a sentence each.
 
@@ -227,7 +232,7 @@ def advice(
     return said
 
 
-def _cheaper(recipe: Recipe, world: int, needs: Callable[..., float]) -> str:
+def _cheaper(recipe: Run, world: int, needs: Callable[..., float]) -> str:
     """The settings that take less memory, with what they would take."""
     parallel = recipe.parallel
     changes: dict[str, dict[str, Any]] = {}
@@ -241,7 +246,7 @@ def _cheaper(recipe: Recipe, world: int, needs: Callable[..., float]) -> str:
     return "; ".join([*options, f"micro_batch is {recipe.micro_batch}"])
 
 
-def announce(model: FlamingoForConditionalGeneration, recipe: Recipe, processes: Processes) -> None:
+def announce(model: FlamingoForConditionalGeneration, recipe: Run, processes: Processes) -> None:
     """Print, from the main process, what the model weighs, what training takes, and where it could be cheaper."""
     if not processes.is_main:
         return

@@ -50,6 +50,7 @@ METRICS = (
     Metric("data_wait_share", "share of time spent waiting for data, 0 to 1", repeats=False),
     Metric("skipped_steps", "steps skipped for a loss or gradient that was not finite, since the first step"),
     Metric("faults/*", "samples replaced, by source and by reason, since the first step"),
+    Metric("samples/*", "sequences of each source seen"),
     Metric("epoch/*", "how often each source was gone through"),
 )
 """All that is tracked, but for the axes."""
@@ -100,6 +101,7 @@ PLOTS = (
     Plot("Speed", "Memory", "10⁹ bytes, largest of a process", ("memory_gb",)),
     Plot("Speed", "Waiting for data", "share of time", ("data_wait_share",)),
     Plot("Data", "Faults", "samples replaced, by source and reason", ("faults/*",)),
+    Plot("Data", "Mixture", "sequences seen, by source", ("samples/*",)),
     Plot("Data", "Epochs", "how often each source was gone through", ("epoch/*",)),
 )
 """In the order in which they are looked at."""

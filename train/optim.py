@@ -17,18 +17,18 @@ from train.recipe import OptimizerRecipe
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> AdamW:
-    """AdamW over what trains, in three groups.
+    """AdamW over what trains, in groups.
 
-    `gates` have a rate of their own; `decayed` are the gated blocks' matrices, the only ones that decay (OpenFlamingo;
-    Flamingo, appendix B.1.2, does not decay the resampler); `plain` are all others.
+    `gates` have a rate of their own, and so have `adapters` of the LM, where there are any; `decayed` are the gated
+    blocks' matrices, the only ones that decay (OpenFlamingo; Flamingo, appendix B.1.2, does not decay the resampler);
+    `plain` are all others.
     """
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "gates": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            gate = name.endswith("_gate")
-            decayed = "cross_attention." in name and parameter.ndim >= 2
-            groups["gates" if gate else "decayed" if decayed else "plain"].append(parameter)
+            groups.setdefault(_group(name, parameter), []).append(parameter)
     rates = {"gates": recipe.learning_rate * recipe.gate_factor}
+    rates["adapters"] = recipe.learning_rate * recipe.adapter_factor
     decays = {"decayed": recipe.weight_decay}
     return AdamW(
         [
@@ -43,6 +43,15 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> AdamW:
         betas=recipe.betas,
         fused=True,  # fourteen times faster than the plain one on a CPU, a pass over memory instead of many
     )
+
+
+def _group(name: str, parameter: nn.Parameter) -> str:
+    """The group of a parameter that trains."""
+    if name.startswith("language_model."):
+        return "adapters" if ".lora_" in name else "plain"
+    if name.endswith("_gate"):
+        return "gates"
+    return "decayed" if "cross_attention." in name and parameter.ndim >= 2 else "plain"
 
 
 def squared_norms(optimizer: Optimizer, world: int) -> Tensor:
@@ -70,13 +79,13 @@ def build_schedule(optimizer: AdamW, recipe: OptimizerRecipe, steps: int) -> Lam
 
 def rate_factor(recipe: OptimizerRecipe, steps: int) -> Callable[[int], float]:
     """Finished steps → factor of the peak rate: linear warm-up, then constant or a cosine to zero."""
+    warmup = recipe.warmup(steps)
 
     def factor(done: int) -> float:
-        if done < recipe.warmup_steps:
-            return (done + 1) / recipe.warmup_steps
+        if done < warmup:
+            return (done + 1) / warmup
         if recipe.schedule == "constant":
             return 1.0
-        remaining = max(1, steps - recipe.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - recipe.warmup_steps) / remaining)))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / max(1, steps - warmup))))
 
     return factor

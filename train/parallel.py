@@ -227,17 +227,16 @@ def shard(model: FlamingoForConditionalGeneration, processes: Processes, *, offl
 
 
 def store_frozen_in_bfloat16(model: FlamingoForConditionalGeneration) -> None:
-    """Store the parameters of backbones that are wholly frozen in bfloat16.
+    """Store the frozen parameters of the backbones in bfloat16, those of 4 bits excepted.
 
     Their buffers stay as they are (rotary frequencies lose positions in bfloat16), and so do batch norms.
     """
     for backbone in model.backbones().values():
-        if any(parameter.requires_grad for parameter in backbone.parameters()):
-            continue
         for module in backbone.modules():
             if not isinstance(module, _NormBase):
                 for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                    if not parameter.requires_grad and parameter.is_floating_point():
+                        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def sharded_root(model: nn.Module) -> FSDPModule | None:

@@ -1,7 +1,7 @@
 """What a recipe would do, without weights and without a GPU: `python -m train.pretrain --config FILE --dry-run`.
 
-Backbones are built from their configurations on the meta device, so that a plan needs a few kilobytes of JSON and a
-tokenizer. `WORLD_SIZE=64` in front of the command plans for 64 processes.
+Models are built from their configurations on the meta device, so that a plan needs a few kilobytes of JSON and a
+tokenizer. `WORLD_SIZE=64` in front of the command plans for 64 processes. `train.tune` plans likewise.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from icl_eval.tasks import load_task
 from train.flops import PEAKS, OperationCounter, peak_flops
 from train.memory import advice, component_table, memory_estimate
 from train.optim import build_optimizer
-from train.pretrain import sequence_options
-from train.recipe import Recipe, SourceRecipe
+from train.pretrain import Training, sequence_options
+from train.recipe import Recipe, Run, SourceRecipe
 
 EXPECTED_MFU = 0.4
 """Share of a GPU's peak that hours are given for: an assumption, since only a run can tell."""
@@ -77,7 +77,10 @@ class PlannedSource:
 class Plan:
     """What a recipe would do on `world` processes."""
 
-    recipe: Recipe
+    recipe: Run
+    """with its steps"""
+    origin: str
+    """what the model comes from"""
     world: int
     model: FlamingoForConditionalGeneration
     """on the meta device"""
@@ -126,9 +129,9 @@ class Plan:
         switches = [name for name, value in vars(recipe.parallel).items() if value is True]
         own = recipe.batch // self.world
         return [
-            ["model", f"{recipe.model.vision}, {recipe.model.language}"],
+            ["model", self.origin],
             ["trains", "; ".join(groups)],
-            ["rate", f"{recipe.optimizer.warmup_steps:,} steps of warm-up, then {course}"],
+            ["rate", f"{recipe.optimizer.warmup(recipe.steps):,} steps of warm-up, then {course}"],
             ["steps", f"{recipe.steps:,} of {recipe.batch:,} sequences; saved every {recipe.save_every:,}"],
             ["processes", f"{self.world}, each {own / recipe.micro_batch:g} × {recipe.micro_batch} sequences a step"],
             ["parallel", ", ".join([recipe.parallel.kind, recipe.parallel.precision, *switches])],
@@ -164,30 +167,30 @@ class Plan:
         ]
 
 
-def dry_run(recipe: Recipe, world: int | None = None) -> None:
+def dry_run(training: Training, world: int | None = None) -> None:
     """Print what a recipe would do on `world` processes; None: what `WORLD_SIZE` says, or 1.
 
     Raises:
-        FlamingoError: where the backbones' configurations, the tokenizer or the image processor are missing.
+        FlamingoError: where configurations, the tokenizer or the image processor are missing.
     """
-    print(plan(recipe, int(os.environ.get("WORLD_SIZE", "1")) if world is None else world).text())
+    print(plan(training, int(os.environ.get("WORLD_SIZE", "1")) if world is None else world).text())
 
 
-def plan(recipe: Recipe, world: int = 1) -> Plan:
+def plan(training: Training, world: int = 1) -> Plan:
     """The plan of a recipe, with what is wrong with it in `Plan.faults`.
 
     Raises:
-        FlamingoError: where the backbones' configurations, the tokenizer or the image processor are missing.
+        FlamingoError: where configurations, the tokenizer or the image processor are missing.
     """
-    faults: list[str] = []
+    recipe, faults = training.recipe, list[str]()
     try:
         recipe.check(world)
     except FlamingoError as error:
         faults.append(str(error))
-    model, processor = without_weights(recipe)
+    model, processor = training.outline()
     faults += [*_misfits(recipe, model), *_unknown_tasks(recipe)]
-    sources = planned_sources(recipe, processor, faults)
-    return Plan(recipe, world, model, processor, sources, faults)
+    recipe, sources = planned_sources(recipe, processor, model.config.media_attention, faults)
+    return Plan(recipe, training.origin(), world, model, processor, sources, faults)
 
 
 def without_weights(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
@@ -201,11 +204,11 @@ def without_weights(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, F
     code = {"trust_remote_code": options.pop("trust_remote_code")}
     new: dict[str, Any] = {"dtype": torch.float32, **code}
     vision, language = (backbone_path(options.pop(part)) for part in ("vision", "language"))
-    with _reading(vision), torch.device("meta"):
+    with reading(vision), torch.device("meta"):
         config = AutoConfig.from_pretrained(vision, **code)
         tower = AutoModel.from_config(getattr(config, "vision_config", config), **new)
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **code)
-    with _reading(language), torch.device("meta"):
+    with reading(language), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language, **code), **new)
         tokenizer = AutoTokenizer.from_pretrained(language, **code)
     with torch.device("meta"):
@@ -217,22 +220,22 @@ def without_weights(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, F
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Errors of transformers as one that names the backbone."""
+def reading(name: str) -> Iterator[None]:
+    """Errors of transformers as one that names the folder or hub id."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise FlamingoError(f"{name}: cannot be planned without its configuration and processors: {error}") from error
 
 
-def _misfits(recipe: Recipe, model: FlamingoForConditionalGeneration) -> Iterator[str]:
+def _misfits(recipe: Run, model: FlamingoForConditionalGeneration) -> Iterator[str]:
     """What does not fit the language model."""
     lm, tokens = model.language_model, recipe.data.max_tokens
     longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        yield f"data.max_tokens={tokens}: {recipe.model.language} has {longest} positions"
+        yield f"data.max_tokens={tokens}: {type(lm).__name__} has {longest} positions here"
     if ignores_qk_norm(lm):
-        yield f"model.language: {recipe.model.language} asks for a QK LayerNorm that {type(lm).__name__} does not have"
+        yield f"the language model asks for a QK LayerNorm that {type(lm).__name__} does not have"
     if recipe.data.packing:
         try:
             pack(torch.ones(1, tokens, dtype=torch.long), lm)
@@ -240,7 +243,7 @@ def _misfits(recipe: Recipe, model: FlamingoForConditionalGeneration) -> Iterato
             yield str(error)
 
 
-def _unknown_tasks(recipe: Recipe) -> Iterator[str]:
+def _unknown_tasks(recipe: Run) -> Iterator[str]:
     """Tasks of the evaluations while training that cannot be read."""
     for name in recipe.evaluation.tasks if recipe.evaluation.every else ():
         try:
@@ -249,36 +252,53 @@ def _unknown_tasks(recipe: Recipe) -> Iterator[str]:
             yield f"evaluation.tasks: {error}"
 
 
-def planned_sources(recipe: Recipe, processor: FlamingoProcessor, faults: list[str]) -> list[PlannedSource]:
-    """What is read of each source; what is wrong with it is added to `faults`."""
-    sources = recipe.data.sources
+def planned_sources(
+    recipe: Run, processor: FlamingoProcessor, media_attention: str, faults: list[str]
+) -> tuple[Run, list[PlannedSource]]:
+    """The recipe with its steps, and what is read of each source; what is wrong with them is added to `faults`."""
+    sources, shards = recipe.data.sources, open_shard_sets(recipe, faults)
+    written = {name: to_be_written(recipe, source) for name, source in sources.items()}
+    documents = written | {name: len(each) for name, each in shards.items()}
+    known = {name: number for name, number in documents.items() if number is not None}
+    if unknown := [name for name in sources if name not in known]:
+        settled = recipe.settled(known)
+        if settled.steps != recipe.steps or recipe.data.shares_of == "documents":
+            faults.append(f"data.sources.{unknown[0]}: steps and shares depend on its number of documents; taken as 1")
+    counted = dict.fromkeys(sources, 1) | known
+    recipe = recipe.settled(counted)
     try:
         starts = [source.start_step * recipe.batch for source in sources.values()]
-        order = MixtureOrder([source.share for source in sources.values()], recipe.seed, starts)
+        order = MixtureOrder(recipe.data.shares(counted), recipe.seed, starts)
         samples = order.used(recipe.steps * recipe.batch)
-        sequences = Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe))
+        sequences = Sequences(processor, media_attention=media_attention, **sequence_options(recipe))
     except FlamingoError as error:
         faults.append(f"data: {error}")
-        return []
+        return recipe, []
+    most = Lengths.at_most(recipe.data.max_tokens, recipe.data.max_media)
     planned = []
     for (name, source), number in zip(sources.items(), samples, strict=True):
-        lengths, documents = None, to_be_written(recipe, source)
-        if documents is None:
-            try:
-                with TemporaryDirectory() as cache:  # a plan brings nothing here but the index
-                    room = int(recipe.data.cache_gb * 1e9)
-                    shards = open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room)
-                documents = len(shards)
-                if "://" not in source.shards:
-                    lengths = measure(shards, sequences, f"data.sources.{name}", faults)
-            except FlamingoError as error:
-                faults.append(f"data.sources.{name}: {error}")
-        most = Lengths.at_most(recipe.data.max_tokens, recipe.data.max_media)
-        planned.append(PlannedSource(name, source, number, documents, lengths or most, lengths is not None))
-    return planned
+        local = name in shards and "://" not in source.shards
+        lengths = measure(shards[name], sequences, f"data.sources.{name}", faults) if local else None
+        planned.append(PlannedSource(name, source, number, documents[name], lengths or most, lengths is not None))
+    return recipe, planned
 
 
-def to_be_written(recipe: Recipe, source: SourceRecipe) -> int | None:
+def open_shard_sets(recipe: Run, faults: list[str]) -> dict[str, ShardSet]:
+    """The shards of every source that has some and does not write them first; others are added to `faults`."""
+    opened = {}
+    for name, source in recipe.data.sources.items():
+        if to_be_written(recipe, source) is not None:
+            continue
+        try:
+            with TemporaryDirectory() as cache:  # a plan brings nothing here but the index
+                room = int(recipe.data.cache_gb * 1e9)
+                opened[name] = open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room)
+        except FlamingoError as error:
+            faults.append(f"data.sources.{name}: {error}")
+    return opened
+
+
+def to_be_written(recipe: Run, source: SourceRecipe) -> int | None:
     """Documents of a source of the embedded world that the run itself writes first; None of another, or if it has."""
     glyphs, folder = recipe.data.glyphs, recipe.path(source.shards)
     if glyphs is None or folder.exists() or folder.parent != recipe.path(glyphs.folder):

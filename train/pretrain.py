@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from flamingo.backbones import backbone_identity
 from flamingo.errors import FlamingoError, command_line
 from flamingo.files import whole, write_text
 from icl_eval.evaluation import provenance
-from train import loop
+from train import loop, lora
 from train.card import model_card
 from train.checkpoint import Checkpoints, TrainingState, newest_record
 from train.evaluations import Evaluations
@@ -35,7 +35,7 @@ from train.optim import build_optimizer, build_schedule
 from train.parallel import Processes, prepare, processes
 from train.preemption import Preemption, end
 from train.progress import Progress
-from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
+from train.recipe import EMBEDDED, Recipe, Run, from_command_line, packaged
 from train.tracking import METRICS_FILE, Tracker, read_rows
 
 
@@ -47,23 +47,81 @@ class Command(Recipe):
     """build everything without memory for it, print the plan, and train nothing"""
 
 
+ADAPTERS = "adapters"
+"""Where in a model's folder the LM's adapters are, as they were before they were folded in."""
 SEQUENCE_OPTIONS = ("max_tokens", "max_media", "next_media", "rules", "leading_space", "flip", "crop", "packing")
 
 
+class Training(Protocol):
+    """Where a run's model comes from and what of it trains: all that tells pretraining and tuning apart."""
+
+    name: str
+    """in `run.json`"""
+
+    @property
+    def recipe(self) -> Run:
+        """As it was given."""
+
+    def build(self) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+        """The model as training begins, in float32, and its processor."""
+
+    def outline(self) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+        """The same on the meta device, without weights, from configurations alone."""
+
+    def identity(self) -> dict[str, Any]:
+        """What else a resumed run must share with the run that it continues."""
+
+    def origin(self) -> str:
+        """What the model comes from, to read."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A Flamingo over two backbones, of which it trains what is new."""
+
+    recipe: Recipe
+    name: str = "pretrain"
+
+    def build(self) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+        """As `build_model`."""
+        return build_model(self.recipe)
+
+    def outline(self) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+        """As `train.plan.without_weights`."""
+        from train.plan import without_weights  # it plans what this module builds
+
+        return without_weights(self.recipe)
+
+    def identity(self) -> dict[str, Any]:
+        """The shape of the model, and its backbones."""
+        model = vars(self.recipe.model)
+        return {"model": model, "backbones": {part: backbone_identity(model[part]) for part in ("vision", "language")}}
+
+    def origin(self) -> str:
+        """Both backbones."""
+        return f"{self.recipe.model.vision}, {self.recipe.model.language}"
+
+
 def pretrain(recipe: Recipe, processes: Processes) -> Path:
-    """Run a recipe from where it stands, and return the folder of the trained model.
+    """As `run`, for a Flamingo over the recipe's backbones."""
+    return run(Pretraining(recipe.alone()), processes)
+
+
+def run(training: Training, processes: Processes) -> Path:
+    """Train from where a run stands, and return the folder of the trained model.
 
     Raises:
-        FlamingoError: where shards, backbones or the recipe are not as expected, or a checkpoint cannot be written.
+        FlamingoError: where shards, the model or the recipe are not as expected, or a checkpoint cannot be written.
         SystemExit: where the machine was wanted back, after the state is saved (`train.preemption.end`).
     """
-    recipe = recipe.alone()
+    recipe = training.recipe
     recipe.check(processes.world)
     if recipe.data.glyphs is not None:
         make_glyphs(recipe, processes)
     sources = open_sources(recipe)
+    recipe = recipe.settled(numbers_of_documents(sources))
     torch.manual_seed(recipe.seed)
-    model, processor = build_model(recipe)
+    model, processor = training.build()
     if recipe.data.glyphs is not None:
         check_language_model(model, processor)
     prepared = prepare(model, recipe.parallel, processes)
@@ -74,8 +132,8 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
     with Preemption(processes) as preemption:
         with (
             while_others_answer(recipe, state, processes),
-            Checkpoints(out, identity(recipe, sources, processor), processes, recipe.keep_checkpoints,
-                        recipe.keep_every, about(recipe, sources)) as checkpoints,
+            Checkpoints(out, identity(training, recipe, sources, processor), processes, recipe.keep_checkpoints,
+                        recipe.keep_every, about(training, recipe, sources, model)) as checkpoints,
         ):  # fmt: skip
             resumed = checkpoints.resume(state, anyway=recipe.resume_anyway)
             if processes.is_main and resumed:
@@ -92,7 +150,7 @@ def pretrain(recipe: Recipe, processes: Processes) -> Path:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Run,
     state: TrainingState,
     prepared: nn.Module,
     sources: list[Source],
@@ -102,7 +160,7 @@ def train(
     processes: Processes,
 ) -> None:
     """Set up what the loop reads from and writes to, and run it; `prepared` is `state.model`, made parallel."""
-    data = micro_batches(recipe, sources, processor)
+    data = micro_batches(recipe, sources, processor, state.model.config.media_attention)
     batches = rank_batches(
         data,
         batch=recipe.batch,
@@ -136,7 +194,7 @@ def train(
 
 
 @contextmanager
-def while_others_answer(recipe: Recipe, state: TrainingState, processes: Processes) -> Iterator[None]:
+def while_others_answer(recipe: Run, state: TrainingState, processes: Processes) -> Iterator[None]:
     """Within it a process that is gone is an error in one line, in all that are left.
 
     Raises:
@@ -154,28 +212,35 @@ def while_others_answer(recipe: Recipe, state: TrainingState, processes: Process
         ) from error
 
 
-def open_sources(recipe: Recipe) -> list[Source]:
+def open_sources(recipe: Run) -> list[Source]:
     """The shard sets of the mixture."""
     data = recipe.data
     cache, room = recipe.path(data.cache), int(data.cache_gb * 1e9)
-    return [
-        Source(
-            name,
-            open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room),
-            source.share,
-            source.start_step * recipe.batch,
-        )
+    opened = {
+        name: open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room)
         for name, source in data.sources.items()
+    }
+    shares = data.shares({name: len(shards) for name, shards in opened.items()})
+    return [
+        Source(name, shards, share, data.sources[name].start_step * recipe.batch)
+        for (name, shards), share in zip(opened.items(), shares, strict=True)
     ]
 
 
-def micro_batches(recipe: Recipe, sources: list[Source], processor: FlamingoProcessor) -> MicroBatches:
-    """The micro-batches of a recipe, by their numbers."""
-    sequences = Sequences(processor, media_attention=recipe.model.media_attention, **sequence_options(recipe))
+def numbers_of_documents(sources: list[Source]) -> dict[str, int]:
+    """How many documents each source has."""
+    return {source.name: len(source.shards) for source in sources}
+
+
+def micro_batches(
+    recipe: Run, sources: list[Source], processor: FlamingoProcessor, media_attention: str
+) -> MicroBatches:
+    """The micro-batches of a recipe, by their numbers; `media_attention` is the model's."""
+    sequences = Sequences(processor, media_attention=media_attention, **sequence_options(recipe))
     return MicroBatches(sources, sequences, micro_batch=recipe.micro_batch, seed=recipe.seed)
 
 
-def sequence_options(recipe: Recipe) -> dict[str, Any]:
+def sequence_options(recipe: Run) -> dict[str, Any]:
     """The recipe's options of `Sequences`."""
     return {name: getattr(recipe.data, name) for name in SEQUENCE_OPTIONS}
 
@@ -202,7 +267,7 @@ def check_language_model(model: FlamingoForConditionalGeneration, processor: Fla
     check_induction(model.language_model, processor.tokenizer)
 
 
-def make_glyphs(recipe: Recipe, processes: Processes) -> dict[str, Any]:
+def make_glyphs(recipe: Run, processes: Processes) -> dict[str, Any]:
     """Write the embedded world's shards where they are not there yet, and return the account of what is in them.
 
     Raises:
@@ -225,30 +290,38 @@ def make_glyphs(recipe: Recipe, processes: Processes) -> dict[str, Any]:
     return found["account"]
 
 
-def identity(recipe: Recipe, sources: list[Source], processor: FlamingoProcessor) -> dict[str, Any]:
+def identity(training: Training, recipe: Run, sources: list[Source], processor: FlamingoProcessor) -> dict[str, Any]:
     """What a resumed run must share with the run that it continues."""
     described = recipe.as_dict()
-    data = described.pop("data")
     mixture = {
         name: {**source, "shards": opened.shards.sha256}
-        for (name, source), opened in zip(data["sources"].items(), sources, strict=True)
+        for (name, source), opened in zip(described["data"]["sources"].items(), sources, strict=True)
     }
-    kept = {key: described[key] for key in ("seed", "steps", "batch", "micro_batch", "model", "optimizer")}
-    kept["backbones"] = {part: backbone_identity(kept["model"][part]) for part in ("vision", "language")}
+    kept = {key: described[key] for key in ("seed", "steps", "batch", "micro_batch", "optimizer")}
+    kept |= training.identity()
     kept["tokenizer"] = tokenizer_identity(processor)
     kept["order_of_sources"] = list(mixture)  # which comes first decides which positions are whose
+    kept["shares"] = [source.share for source in sources]
     return json.loads(json.dumps({**kept, **sequence_options(recipe), "sources": mixture}))  # as it will be read back
 
 
-def about(recipe: Recipe, sources: list[Source]) -> dict[str, Any]:
+def about(
+    training: Training, recipe: Run, sources: list[Source], model: FlamingoForConditionalGeneration
+) -> dict[str, Any]:
     """What a checkpoint says of its making, beside what it must share with the run that goes on from it."""
-    documents = {source.name: len(source.shards) for source in sources}
     accounts = {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name, source in recipe.data.sources.items()
         if (file := recipe.path(source.shards) / ACCOUNT).is_file()
     }
-    return {"recipe": recipe.as_dict(), "documents": documents, "accounts": accounts, "made_by": provenance()}
+    return {
+        "training": training.name,
+        "recipe": recipe.as_dict(),
+        "documents": numbers_of_documents(sources),
+        "accounts": accounts,
+        "backbones": model.config.backbones,
+        "made_by": provenance(),
+    }
 
 
 def tokenizer_identity(processor: FlamingoProcessor) -> str:
@@ -270,10 +343,15 @@ def save_model(
     Args:
         record: `run.json` of the checkpoint that holds the same state.
         log: rows of the run's `metrics.jsonl`.
+
+    Adapters of the LM are folded into it, here and in the `model`; as they are they go into the folder's `ADAPTERS`.
     """
     tensors = whole_tensors(model)
     if processes.is_main:
         with whole(folder) as unfinished:
+            if lora.adapters(model):
+                lora.save_adapters(model, unfinished / ADAPTERS, tensors)
+                tensors = lora.merged(model, model.state_dict() if tensors is None else tensors)
             model.save_pretrained(unfinished, state_dict=tensors)
             processor.save_pretrained(unfinished)
             write_text(unfinished / "recipe.json", json.dumps(record["recipe"], indent=1) + "\n")
@@ -289,21 +367,26 @@ def whole_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Any] | N
     return {name: tensor for name, tensor in tensors.items() if name in once}  # a tied one has two names
 
 
+def launch(training: Training, *, dry_run: bool) -> None:
+    """What a command line does: plan, or train in the processes of torchrun."""
+    if dry_run:
+        from train.plan import dry_run as plan  # it builds what this module builds
+
+        plan(training)
+        return
+    with processes(training.recipe.parallel.timeout) as group:
+        folder = run(training, group)
+        if group.is_main:
+            print(f"model: {folder}")
+
+
 @command_line
 def main() -> None:
     """Entry point of `flamingo-pretrain`."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     command = from_command_line(Command, default=packaged(EMBEDDED), description="Pretrain a Flamingo.")
-    if command.dry_run:
-        from train.plan import dry_run  # it builds what this module builds
-
-        dry_run(command)
-        return
-    with processes(command.parallel.timeout) as group:
-        folder = pretrain(command, group)
-        if group.is_main:
-            print(f"model: {folder}")
+    launch(Pretraining(command.alone()), dry_run=command.dry_run)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import jsonargparse
 
@@ -87,6 +88,8 @@ class DataRecipe:
 
     sources: dict[str, SourceRecipe] = field(default_factory=dict)
     """the mixture, by name"""
+    shares_of: Literal["samples", "documents"] = "samples"
+    """what shares are of: samples; or documents, so that of equal shares every document is read equally often"""
     max_tokens: int = 256
     """tokens of a sequence"""
     max_media: int = 5
@@ -114,6 +117,16 @@ class DataRecipe:
     glyphs: GlyphsRecipe | None = None
     """set: write the embedded world first"""
 
+    def shares(self, documents: Mapping[str, int]) -> list[float]:
+        """The sources' shares of the samples, where they have so many documents, by name."""
+        return sampling_shares(asdict(self), documents)
+
+
+def sampling_shares(data: Mapping[str, Any], documents: Mapping[str, int]) -> list[float]:
+    """`DataRecipe.shares` of a recipe as a checkpoint has it."""
+    by_documents = data.get("shares_of") == "documents"
+    return [source["share"] * (documents[name] if by_documents else 1) for name, source in data["sources"].items()]
+
 
 @dataclass
 class OptimizerRecipe:
@@ -129,10 +142,23 @@ class OptimizerRecipe:
     """decay of AdamW's running means"""
     clip: float = 1.0
     """largest global norm of the gradient"""
+    adapter_factor: float = 1.0
+    """learning rate of the LM's adapters, as a multiple (tuning with LoRA)"""
     warmup_steps: int = 5000
     """steps of linear warm-up"""
+    warmup_share: float | None = None
+    """share of all steps that are warm-up, instead of warmup_steps"""
     schedule: Literal["constant", "cosine"] = "constant"
     """after the warm-up: constant, or a cosine to zero at the last step"""
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up among so many."""
+        return self.warmup_steps if self.warmup_share is None else math.ceil(self.warmup_share * steps)
+
+    def check(self) -> None:
+        """Raise FlamingoError for numbers that cannot be, naming the field."""
+        if self.warmup_share is not None and not 0 <= self.warmup_share <= 1:
+            raise FlamingoError(f"optimizer.warmup_share={self.warmup_share}: expected a share, 0 to 1")
 
 
 @dataclass
@@ -205,10 +231,10 @@ class EvaluationRecipe:
 
 
 @dataclass
-class Recipe:
-    """One pretraining run."""
+class Run:
+    """What a run is, whatever it begins with: the fields that pretraining and tuning share."""
 
-    out: str = "runs/pretrain"
+    out: str = "runs/run"
     """folder of the run"""
     seed: int = 0
     """seed of initialisation, order and augmentation"""
@@ -228,7 +254,6 @@ class Recipe:
     """steps in a row whose loss or gradient is not finite, after which the run stops; each such step is skipped"""
     resume_anyway: bool = False
     """resume although data or recipe differ from the checkpoint's"""
-    model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
@@ -243,9 +268,9 @@ class Recipe:
         """A path of the recipe, with `{out}` filled in."""
         return Path(self.place(template))
 
-    def alone(self) -> Recipe:
-        """Without what a command adds to it: what a checkpoint keeps, and is read back as."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+    def settled(self, documents: Mapping[str, int]) -> Self:
+        """With what depends on how many documents each source has."""
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints and trackers."""
@@ -253,8 +278,9 @@ class Recipe:
 
     def check(self, processes: int = 1) -> None:
         """Raise FlamingoError for numbers that cannot be, naming the field, before anything takes time."""
-        own = ("steps", "batch", "micro_batch", "save_every", "keep_checkpoints", "non_finite_limit")
+        own = ("batch", "micro_batch", "save_every", "keep_checkpoints", "non_finite_limit")
         positive = {name: getattr(self, name) for name in own} | {
+            "steps": self.settled({}).steps,
             "tracking.log_every": self.tracking.log_every,
             "data.max_tokens": self.data.max_tokens,
             "data.max_media": self.data.max_media,
@@ -276,8 +302,127 @@ class Recipe:
             )
         if not self.data.sources:
             raise FlamingoError("data.sources: expected at least one source")
+        self.optimizer.check()
         self.parallel.check()
         self.evaluation.check()
+
+
+@dataclass
+class Recipe(Run):
+    """One pretraining run."""
+
+    out: str = "runs/pretrain"
+    """folder of the run"""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+
+    def alone(self) -> Recipe:
+        """Without what a command adds to it: what a checkpoint keeps, and is read back as."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
+
+
+@dataclass
+class InitRecipe:
+    """The model that tuning begins with."""
+
+    path: str = ""
+    """folder of a model (`from_pretrained` or `save_trained`), a checkpoint or folder of a run, or file or folder of an
+    OpenFlamingo or Otter checkpoint; `{out}` stands for the run's folder"""
+    kind: Literal["auto", "flamingo", "checkpoint", "open_flamingo", "otter"] = "auto"
+    """what `path` is; auto: by what is in the folder, and a file is OpenFlamingo's"""
+    vision: str | None = None
+    """folder or hub id of the vision tower: needed for OpenFlamingo and Otter, else if it is not where it was"""
+    language: str | None = None
+    """folder or hub id of the LM, likewise"""
+    new_output_rows: Literal["mean", "input", "random"] | None = None
+    """where to start output rows of new tokens that an OpenFlamingo or Otter checkpoint has none of"""
+    trust_remote_code: bool = False
+    """run code that comes with the backbones"""
+
+
+@dataclass
+class LoraRecipe:
+    """Low-rank adapters on the LM (`train.lora`)."""
+
+    rank: int = 16
+    """of the adapters' matrices"""
+    alpha: float = 32.0
+    """the adapters' output is multiplied by alpha / rank"""
+    dropout: float = 0.05
+    """probability that an input of an adapter is zero, in training"""
+    projections: list[Literal["attention", "mlp"]] = field(default_factory=lambda: ["attention", "mlp"])
+    """which matrices of each decoder layer get one; their names are found for every family of LMs"""
+    pattern: str | None = None
+    """regular expression of names within a decoder layer, such as `self_attn\\.[qv]_proj`, instead of `projections`"""
+    quantised: bool = False
+    """QLoRA: store the frozen matrices of the decoder layers in 4 bits (nf4); one process, or parallel.kind=ddp"""
+
+    def check(self) -> None:
+        """Raise FlamingoError for numbers that cannot be, naming the field."""
+        if self.rank < 1 or self.alpha <= 0:
+            raise FlamingoError(f"lora.rank={self.rank}, lora.alpha={self.alpha:g}: expected positive numbers")
+        if not 0 <= self.dropout < 1:
+            raise FlamingoError(f"lora.dropout={self.dropout}: expected a probability below 1")
+        if not self.projections and self.pattern is None:
+            raise FlamingoError("lora.projections: expected attention, mlp or both, or lora.pattern")
+
+
+@dataclass
+class TuneRecipe(Run):
+    """One tuning run on instructions, by default as Otter is tuned (arXiv 2305.03726; github.com/Luodian/Otter)."""
+
+    out: str = "runs/tune"
+    """folder of the run"""
+    steps: int = 0
+    """optimizer steps; 0: as many as `epochs` make"""
+    epochs: float = 3.0
+    """how often all documents of all sources are read, where steps is 0"""
+    init: InitRecipe = field(default_factory=InitRecipe)
+    answer_token: bool = True
+    """add Otter's `<answer>` where the model lacks it"""
+    spaced: bool = False
+    """whether the shards have a space after `User:` and before the answer; the saved chat template does as they do"""
+    frames: int = 0
+    """give a model without them embeddings for so many frames of a video; 0: leave it as it is"""
+    train_new_tokens: bool = True
+    """whether the rows of tokens that the LM lacks train"""
+    train_language: Literal["frozen", "lora", "full"] = "frozen"
+    """what trains of the LM: nothing, adapters as `lora` says, or everything"""
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    data: DataRecipe = field(default_factory=lambda: DataRecipe(max_tokens=512, shares_of="documents"))
+    optimizer: OptimizerRecipe = field(
+        default_factory=lambda: OptimizerRecipe(
+            learning_rate=1e-5, betas=(0.9, 0.999), warmup_share=0.01, schedule="cosine"
+        )
+    )
+    parallel: ParallelRecipe = field(default_factory=lambda: ParallelRecipe(precision="bfloat16"))
+
+    def alone(self) -> TuneRecipe:
+        """As `Recipe.alone`."""
+        return TuneRecipe(**{field.name: getattr(self, field.name) for field in fields(TuneRecipe)})
+
+    def settled(self, documents: Mapping[str, int]) -> TuneRecipe:
+        """With the steps that its epochs make."""
+        if self.steps:
+            return self
+        return replace(self, steps=max(1, math.ceil(self.epochs * sum(documents.values()) / self.batch)))
+
+    def check(self, processes: int = 1) -> None:
+        """As `Run.check`, for what tuning adds too."""
+        if self.steps == 0 and self.epochs <= 0:
+            raise FlamingoError(f"steps=0, epochs={self.epochs:g}: expected one of them to be positive")
+        if self.frames < 0:
+            raise FlamingoError(f"frames={self.frames}: expected 0 or more")
+        if not self.init.path:
+            raise FlamingoError("init.path: expected the model that tuning begins with")
+        self.lora.check()
+        if self.quantised and self.parallel.kind != "ddp":
+            raise FlamingoError("lora.quantised=true: expected parallel.kind=ddp: fsdp cannot share out 4-bit weights")
+        super().check(processes)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the LM is stored in 4 bits."""
+        return self.train_language == "lora" and self.lora.quantised
 
 
 EMBEDDED = "package:train/recipes/embedded.yaml"

@@ -13,8 +13,9 @@ import yaml
 from data_shards.shards import write_shards
 from flamingo import Document, FlamingoError
 from tests.tiny import document, picture, save_backbones
-from train.plan import dry_run, plan
-from train.pretrain import build_model, main
+from train.plan import Plan, dry_run
+from train.plan import plan as plan_of
+from train.pretrain import Pretraining, build_model, main
 from train.recipe import EMBEDDED, DataRecipe, ModelRecipe, Recipe, SourceRecipe, from_command_line, packaged
 
 FAMILIES = ("llama", "opt", "gpt_neox")
@@ -33,6 +34,11 @@ def recipe(folder: Path, family: str = "llama", **data: object) -> Recipe:
     }
     read = DataRecipe(sources=sources, max_tokens=64, **data)  # type: ignore[arg-type]
     return Recipe(out=str(folder / "out"), steps=10, batch=8, micro_batch=2, model=model, data=read)
+
+
+def plan(recipe: Recipe, world: int = 1) -> Plan:
+    """Of pretraining."""
+    return plan_of(Pretraining(recipe), world)
 
 
 def without_weights(folder: Path) -> None:
@@ -151,7 +157,7 @@ def test_the_command_prints_the_plan_and_leaves_nothing(
 def test_the_embedded_world_needs_no_shards_to_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches shards that the run writes itself and that a plan takes for missing."""
     embedded = from_command_line(Recipe, ["--out", str(tmp_path / "out")], default=packaged(EMBEDDED))
-    dry_run(embedded, world=2)
+    dry_run(Pretraining(embedded), world=2)
     assert "no faults found" in capsys.readouterr().out
     planned = plan(embedded)
     assert [source.documents for source in planned.sources] == [6500, 12100]
