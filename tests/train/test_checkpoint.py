@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from flamingo import FlamingoError
-from tests.train.runs import STEPS, at_step, forked, losses, prepare_folder, recipe_of, saved, stop
+from tests.train.runs import STEPS, at_step, forked, losses, recipe_of, saved, stop
 from train import checkpoint
 from train.checkpoint import Checkpoints, TrainingState, fault_of, read_record
 from train.faults import Faults
@@ -38,12 +38,6 @@ from train.recipe import ParallelRecipe, Recipe
 
 LONGER = 24
 """steps of a run whose number of processes changes after four: twenty more are compared"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny backbones and two sources."""
-    return prepare_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import wandb
 
 from flamingo import FlamingoError
-from tests.train.runs import BATCH, STEPS, at_step, forked, prepare_folder, recipe_of
+from tests.train.runs import BATCH, STEPS, at_step, forked, recipe_of
 from train.curves import charts, heat_map, main, write_page
 from train.history import Run, inspect, read_run
 from train.metrics import METRICS, PLOTS, covers
@@ -70,9 +70,8 @@ def trained(folder: Path, out: Path, before: Callable[[], None] = lambda: None) 
 
 
 @pytest.fixture(scope="module")
-def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_and_resumed(folder: Path) -> Path:
     """Two processes, killed after the eleventh step with a checkpoint of the eighth, and started again."""
-    folder = prepare_folder(tmp_path_factory.mktemp("tiny"))
     out = folder / "out"
     assert [code for code, _ in forked(trained(folder, out, lambda: at_step(11, kill_all)), 2)] == [-9, -9]
     assert forked(trained(folder, out), 2) == [(0, "done"), (0, "done")]

@@ -25,7 +25,7 @@ from icl_eval.run import load
 from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
 from tests.tiny import picture, tiny_flamingo
-from tests.train.runs import forked, prepare_folder, recipe_of
+from tests.train.runs import forked, recipe_of
 from train.evaluations import Evaluations, generate, in_a_row, prompt_document, small, undisturbed
 from train.parallel import Processes
 from train.pretrain import pretrain
@@ -34,11 +34,6 @@ from train.tracking import GENERATIONS_FILE, METRICS_FILE, read_curves, read_row
 
 EVALUATION = EvaluationRecipe(every=3, tasks=["digits_2way"], shots=[0, 2], queries=7, generations=2, batch=4)
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_folder(tmp_path_factory.mktemp("tiny"))
 
 
 def run(folder: Path, out: Path, processes: Processes, evaluation: EvaluationRecipe, **fields: Any) -> Path:

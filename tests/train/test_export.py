@@ -25,20 +25,6 @@ from train.quickstart import Quickstart
 from train.recipe import ParallelRecipe
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny backbones and two sources."""
-    return prepare_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """A finished run."""
-    out = folder / "whole"
-    pretrain(recipe_of(folder, out), Processes())
-    return out
-
-
 def weights(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "model.safetensors")
 

@@ -16,20 +16,14 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint.filesystem as files
 
-from tests.train.runs import at_step, forked, losses, prepare_folder, recipe_of, saved
+from tests.train.runs import at_step, forked, losses, recipe_of, saved
 from train import checkpoint
 from train.parallel import Processes
 from train.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny backbones and two sources."""
-    return prepare_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> dict[int, Path]:
+def wholes(folder: Path) -> dict[int, Path]:
     """Uninterrupted runs, by the number of processes."""
     outs = {world: folder / f"whole-{world}" for world in (1, 2)}
     for world, out in outs.items():
@@ -94,7 +88,7 @@ INSIDE = [dies_between_tensors, dies_before_the_mark, dies_within_the_mark, dies
 
 @pytest.mark.parametrize("dies", [*INSIDE, die], ids=lambda dies: dies.__name__)
 def test_a_killed_run_equals_an_uninterrupted_one(
-    folder: Path, whole: dict[int, Path], tmp_path: Path, dies: Callable[[], None]
+    folder: Path, wholes: dict[int, Path], tmp_path: Path, dies: Callable[[], None]
 ) -> None:
     """Catches half a checkpoint that is taken for one, and a state that lacks something: moments, schedule, place."""
 
@@ -108,7 +102,7 @@ def test_a_killed_run_equals_an_uninterrupted_one(
     assert forked(run) == [(-signal.SIGKILL, None)]
     assert saved(tmp_path) == ([8] if dies is dies_among_the_old else [4])
     pretrain(recipe_of(folder, tmp_path, keep_checkpoints=1), Processes())
-    assert losses(tmp_path) == losses(whole[1])
+    assert losses(tmp_path) == losses(wholes[1])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000012"]
 
 
@@ -118,7 +112,7 @@ def test_a_killed_run_equals_an_uninterrupted_one(
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_one_killed_process_ends_the_other(
-    folder: Path, whole: dict[int, Path], tmp_path: Path, step: int, dies: Callable[[], None]
+    folder: Path, wholes: dict[int, Path], tmp_path: Path, step: int, dies: Callable[[], None]
 ) -> None:
     """Catches a process that waits for one that is gone or says so by a traceback, and half a save taken for one."""
     last = step - 3
@@ -138,5 +132,5 @@ def test_one_killed_process_ends_the_other(
     for world in (2, 1):
         out = tmp_path if world == 2 else again
         assert forked(lambda processes, out=out: done(recipe_of(folder, out), processes), world) == [(0, None)] * world
-    assert losses(tmp_path) == losses(whole[2])
-    assert [float(loss) for loss in losses(again)] == pytest.approx([float(x) for x in losses(whole[2])], abs=1e-6)
+    assert losses(tmp_path) == losses(wholes[2])
+    assert [float(loss) for loss in losses(again)] == pytest.approx([float(x) for x in losses(wholes[2])], abs=1e-6)

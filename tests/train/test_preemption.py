@@ -18,26 +18,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.train.runs import STEPS, at_step, forked, losses, prepare_folder, recipe_of, saved, stop
+from tests.train.runs import STEPS, at_step, forked, losses, recipe_of, saved, stop
 from train import checkpoint, preemption
 from train.killtest import ENVIRONMENT, worker
 from train.parallel import Processes
 from train.preemption import EXIT_CODE, Preemption
 from train.pretrain import main, pretrain
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny backbones and two sources."""
-    return prepare_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """An uninterrupted run."""
-    out = folder / "whole"
-    pretrain(recipe_of(folder, out), Processes())
-    return out
 
 
 def send(number: int) -> Callable[[], None]:
