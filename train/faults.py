@@ -9,14 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from data_shards.faults import Fault, described
 from flamingo.errors import FlamingoError
-from flamingo.files import write_text
 from train.parallel import Processes
-from train.tracking import read_rows
+from train.tracking import drop_rows_after
 
 FAULTS_FILE = "faults.jsonl"
 LEAST_SAMPLES = 1000
@@ -88,17 +84,13 @@ class Faults:
         """Go on from the `state` of a step, {} at the first; what was written down of later steps comes again."""
         self.counts = {source: Counter(reasons) for source, reasons in state.get("counts", {}).items()}
         self.examples = [Fault(**example) for example in state.get("examples", [])]
-        path = self.folder / FAULTS_FILE
-        if self.processes.is_main and path.exists():
-            write_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+        if self.processes.is_main:
+            drop_rows_after(self.folder / FAULTS_FILE, step)
 
     def _gather(self) -> list[tuple[int, Fault]]:
         """What was noted in all processes, by steps; they talk at length only where there is something to say."""
-        noted, self._noted = self._noted, []
-        if self.processes.world == 1:
-            return noted
-        if not self.processes.sum(torch.tensor(len(noted), device=self.processes.device)):
+        own, self._noted = self._noted, []
+        if not self.processes.any(bool(own)):
             return []
-        everyone: list[list[tuple[int, Fault]]] = [[] for _ in range(self.processes.world)]
-        dist.all_gather_object(everyone, noted)
+        everyone = self.processes.gather(own)
         return sorted((each for noted in everyone for each in noted), key=lambda each: each[0])

@@ -11,9 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from flamingo.errors import FlamingoError
-from flamingo.files import write_text
 from train.parallel import Processes
-from train.tracking import read_rows
+from train.tracking import drop_rows_after
 
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -26,7 +25,7 @@ class Skipped:
         processes: of the run.
         folder: of the run; its `skipped.jsonl` gets a line a micro-batch of each skipped step, from the main process.
         limit: steps in a row after which the run ends.
-        steps: how many were skipped so far.
+        steps: how many were skipped so far, as the main process knows.
     """
 
     processes: Processes
@@ -37,11 +36,8 @@ class Skipped:
 
     def resume(self, step: int) -> None:
         """Go on after `step`; what was written down of later steps comes again."""
-        path = self.folder / SKIPPED_FILE
-        if self.processes.is_main and path.exists():
-            kept = [row for row in read_rows(path) if row["step"] <= step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-            self.steps = len({row["step"] for row in kept})
+        if self.processes.is_main:
+            self.steps = len({row["step"] for row in drop_rows_after(self.folder / SKIPPED_FILE, step)})
 
     def note(self, step: int, skipped: bool, losses: Tensor, keys: Sequence[Sequence[str]]) -> None:
         """Note a step; of a skipped one, write down the samples. All processes call this, and agree on `skipped`.

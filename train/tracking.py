@@ -115,8 +115,8 @@ class Tracker:
         path = out / METRICS_FILE
         with _tolerated(f"cannot write {path}; the run has no metrics file"):
             out.mkdir(parents=True, exist_ok=True)
-            _drop_rows_after(out / GENERATIONS_FILE, start_step)
-            _drop_rows_after(path, start_step)
+            drop_rows_after(out / GENERATIONS_FILE, start_step)
+            drop_rows_after(path, start_step)
             self._file = path.open("a", encoding="utf-8", buffering=1)
         resolved = _resolve(mode)
         if resolved != "disabled":
@@ -286,7 +286,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, but for a last line that a kill cut short; none of a missing file."""
+    """The rows, lines of JSON with a `step`, of a file, but for those that a kill cut short; none of a missing file."""
     if not path.exists():
         return []
     rows = []
@@ -296,12 +296,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Rewrite a metrics file without the rows after `step`, at once: a kill leaves the old file or the new one."""
+def drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Take the rows after `step`, at 0 all, out of a file that `read_rows` reads, and return those that are left.
+
+    The file is replaced at once: a kill leaves the old one or the new one. A missing file has no rows.
+    """
     if not path.exists():
-        return
-    kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step] if step else []
-    write_text(path, "".join(kept))
+        return []
+    kept = [row for row in read_rows(path) if row["step"] <= step] if step else []
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def _is_rank_0() -> bool:
