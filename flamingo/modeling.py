@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -284,12 +285,19 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return cast(list[GatedCrossAttention], list(self.cross_attention))
 
     def gates(self) -> dict[str, Tensor]:
-        """`tanh` of every gate, by name: `attention.{block}` and `feed_forward.{block}`, each ()."""
-        named = {}
-        for block, module in enumerate(self._blocks()):
-            named[f"attention.{block}"] = module.attn_gate.detach().tanh().squeeze()
-            named[f"feed_forward.{block}"] = module.ff_gate.detach().tanh().squeeze()
-        return named
+        """`tanh` of every gate, by name: `attention.{block}` and `feed_forward.{block}`, each ().
+
+        Where FSDP2 has shared the model out, all processes call this together, and each gets all gates.
+        """
+        gates = {
+            f"{kind}.{number}": gate.detach()
+            for number, block in enumerate(self._blocks())
+            for kind, gate in (("attention", block.attn_gate), ("feed_forward", block.ff_gate))
+        }
+        if any(isinstance(gate, DTensor) for gate in gates.values()):
+            together = cast(DTensor, torch.stack(list(gates.values()))).full_tensor()  # one word between the processes
+            gates = dict(zip(gates, together, strict=True))
+        return {name: gate.tanh().squeeze() for name, gate in gates.items()}
 
     @contextmanager
     def gates_closed(self) -> Iterator[None]:

@@ -10,16 +10,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flamingo import FlamingoForConditionalGeneration
-from flamingo.cross_attention import GatedCrossAttention
 from train.checkpoint import TrainingState
 from train.flops import OperationCounter, peak_flops
-from train.parallel import Processes, local
+from train.parallel import Processes
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Update:
     Attributes:
         loss: of the step, weighted over sources.
         tokens, images: that the model read.
-        norms: of each group's gradient, before clipping.
+        norms: of each group's gradient, before clipping; `norm`: of all of them together.
         skipped: whether loss or gradient were not finite, so that nothing changed.
     """
 
@@ -145,25 +143,13 @@ class Meter:
             **{f"loss/{name}": mean for name, (_, mean) in found.items()},
             "gradient_norm": update.norm,
             **{f"gradient_norm/{group}": norm for group, norm in update.norms.items()},
-            **{f"gate/{name}": value for name, value in gate_values(state.model, self.processes).items()},
+            **{f"gate/{name}": float(value) for name, value in state.model.gates().items()},
             **self.rates(),
             "memory_gb": self.processes.most(peak_memory(self.processes.device) / 1e9),
             "tokens": float(self.tokens),
         }
         self._clear()
         return row
-
-
-def gate_values(model: FlamingoForConditionalGeneration, processes: Processes) -> dict[str, float]:
-    """As `model.gates()`, of a model that may be shared out; one sum over processes, and one read."""
-    gates = {
-        f"{name}.{number}": parameter
-        for number, block in enumerate(cast(list[GatedCrossAttention], list(model.cross_attention)))
-        for name, parameter in (("attention", block.attn_gate), ("feed_forward", block.ff_gate))
-    }
-    shares = 1 if any(local(gate) is not gate for gate in gates.values()) else processes.world
-    own = torch.stack([local(gate).detach().sum() for gate in gates.values()]) / shares
-    return dict(zip(gates, processes.sum(own.to(processes.device)).tanh().tolist(), strict=True))
 
 
 def peak_memory(device: torch.device) -> int:
