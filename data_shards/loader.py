@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence with the pixels (N, F, C, H, W) of its media, uint8, and its document's key."""
+    """One sequence, its media as `FlamingoProcessor.pixels` gives them, uint8, and its document's key."""
 
     encoding: Encoding
     pixels: Tensor

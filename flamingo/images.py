@@ -1,7 +1,7 @@
 """From encoded image files to the vision tower's pixels, on the fast path: simplejpeg or Pillow, then torch.
 
 The same crops, sizes and normalisation as the Hugging Face image processor whose settings are given, without needing
-torchvision. Legend: N media, F frames, C channels, H height, W width.
+torchvision. Legend: N media, F frames, M frames of all media, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -341,28 +341,51 @@ def _without_ends(pixels: Tensor, longest: int) -> Tensor:
     return pixels[..., top : top + longest, left : left + longest]
 
 
+def frames_of(medium: Medium) -> tuple[Image, ...]:
+    """The frames of a video, or an image as its only one.
+
+    Raises:
+        FlamingoError: where a video has none.
+    """
+    if not isinstance(medium, Video):
+        return (medium,)
+    if not medium.frames:
+        raise FlamingoError("a video without frames: expected at least one")
+    return medium.frames
+
+
+def media_frames(media: Sequence[Medium]) -> Tensor | None:
+    """(N,) int64: the number of frames of each medium, where these differ; None where they do not."""
+    counts = [len(frames_of(medium)) for medium in media]
+    return torch.tensor(counts) if len(set(counts)) > 1 else None
+
+
+def rows_and_frames(media: Sequence[Medium]) -> tuple[int, int]:
+    """The first two numbers of the shape of `media_pixels`: (N, F), (M, 1) where media differ, (0, 1) without any."""
+    counts = [len(frames_of(medium)) for medium in media]
+    return (len(counts), counts[0]) if len(set(counts)) == 1 else (sum(counts), 1)
+
+
 def media_pixels(
     media: Sequence[Medium], settings: PixelSettings, views: Sequence[View | None] | None = None
 ) -> Tensor:
     """Images and videos → (N, F, C, H, W) uint8, for `PixelSettings.normalise`; N may be 0.
+
+    Where media differ in their numbers of frames, as `media_frames` says: (M, 1, C, H, W), all frames in order.
 
     Args:
         views: of each medium, the same for all frames of a video; None: as the image processor shows it.
 
     Raises:
         ImageError: where one cannot be decoded, or is larger than `settings.limits`.
-        FlamingoError: where the media have different numbers of frames, or there are not as many views.
+        FlamingoError: where a video has no frames, or there are not as many views as media.
     """
-    frames = [medium.frames if isinstance(medium, Video) else (medium,) for medium in media]
-    if len({len(each) for each in frames}) > 1:
-        raise FlamingoError(
-            f"media of {sorted({len(each) for each in frames})} frames in one batch: expected one number"
-        )
+    frames = [frames_of(medium) for medium in media]
     views = [None] * len(frames) if views is None else views
     if len(views) != len(frames):
         raise FlamingoError(f"{len(views)} views of {len(frames)} media: expected one for each")
     shape = (settings.channels, settings.height, settings.width)
-    pixels = torch.empty(len(frames), len(frames[0]) if frames else 1, *shape, dtype=torch.uint8)
+    pixels = torch.empty(sum(map(len, frames)), *shape, dtype=torch.uint8)
 
     def together(image: tuple[int, View, Tensor]) -> object:
         """Small images of one size are resized at once; larger ones each alone, while they are in the cache."""
@@ -374,5 +397,5 @@ def media_pixels(
     for _, group in groupby(images, together):
         places, (view, *_), decoded = zip(*group, strict=True)
         small = resize(torch.stack(decoded) if len(decoded) > 1 else decoded[0][None], settings, view)
-        pixels.flatten(0, 1)[places[0] : places[-1] + 1] = small
-    return pixels
+        pixels[places[0] : places[-1] + 1] = small
+    return pixels.view(*rows_and_frames(media), *shape)

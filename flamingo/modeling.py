@@ -4,8 +4,8 @@ The LM is used as it is: gated blocks are called by pre-hooks on its decoder lay
 own beside its table and its head, and which positions get logits is decided at the head's input. So its classes are
 neither subclassed nor copied, and its own forward (scales, soft-caps, biases, projections) runs unchanged.
 
-Legend: B samples, T text tokens, N media of the batch (flat, in reading order), F frames, R latents, D width,
-S supervised positions of the batch, K new tokens, V logits.
+Legend: B samples, T text tokens, N media of the batch (flat, in reading order), F frames, M frames of all media, R
+latents, D width, S supervised positions of the batch, K new tokens, V logits.
 """
 
 from __future__ import annotations
@@ -316,18 +316,21 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # -- media ---------------------------------------------------------------------------------------------------------
 
-    def encode_media(self, pixel_values: Tensor) -> Tensor:
-        """`pixel_values` (N, F, C, H, W) → latents (N, R, D). A frozen tower runs without a graph; N may be 0."""
-        if pixel_values.ndim != 5:
-            raise FlamingoError(
-                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (media, frames, channels, height, width)"
-            )
-        if not pixel_values.is_floating_point():
-            raise FlamingoError(f"pixel_values of {pixel_values.dtype}: expected normalised ones, in floating point")
-        media, frames = pixel_values.shape[:2]
+    def encode_media(self, pixel_values: Tensor, media_frames: Tensor | None = None) -> Tensor:
+        """`pixel_values` (N, F, C, H, W) → latents (N, R, D). A frozen tower runs without a graph; N may be 0.
+
+        Args:
+            media_frames: (N,) number of frames of each medium, where these differ; `pixel_values` is then
+                (M, 1, C, H, W), the frames of all media flat and in order, M = Σ `media_frames`.
+
+        Raises:
+            FlamingoError: where shapes, numbers or types are others.
+        """
+        check_pixels(pixel_values, media_frames)
+        rows, frames = pixel_values.shape[:2]
         tower_trains = torch.is_grad_enabled() and not self.config.freeze_vision
         dtype = self.resampler.latents.dtype
-        if media == 0:  # towers reshape with −1, which zero images leave undefined
+        if rows == 0:  # towers reshape with −1, which zero images leave undefined
             # On the images' device: the resampler may be offloaded.
             tokens = pixel_values.new_zeros(0, frames, 1, self.config.vision_width, dtype=dtype)
         else:
@@ -335,11 +338,12 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 images = rearrange(pixel_values, "n f c h w -> (n f) c h w")
                 images = images.to(self.vision_tower.dtype, memory_format=torch.channels_last)
                 tokens = patch_tokens(self.vision_tower, images)
-            tokens = rearrange(tokens.to(dtype), "(n f) v d -> n f v d", n=media)
+            tokens = rearrange(tokens.to(dtype), "(n f) v d -> n f v d", n=rows)
         if tower_trains:  # a gradient for every parameter, also of a tower without images, or of a norm not applied
             whole = torch.stack([each.sum() for each in self.vision_tower.parameters()]).sum()
             tokens = tokens + 0.0 * whole.to(tokens)
-        return self.resampler(tokens)
+        ragged = media_frames is not None and rows > 0
+        return self.resampler(tokens, media_frames.to(tokens.device)) if ragged else self.resampler(tokens)
 
     def remember_media(self, media_latents: Tensor) -> MediaMemory:
         """`media_latents` (N, R, D) → their keys and values for every gated block."""
@@ -372,6 +376,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         pixel_values: Tensor | None = None,
+        media_frames: Tensor | None = None,
         media_latents: Tensor | None = None,
         media_memory: MediaMemory | None = None,
         media_per_sample: Tensor | None = None,
@@ -393,9 +398,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T) 1 for tokens, 0 for padding; with a cache, of the whole sequence so far.
             position_ids: (B, T), for LMs that take them, other LMs refuse them here; default: from `attention_mask`.
             past_key_values: the cache of an earlier pass, which then needs `media_first` and `media_last`.
-            pixel_values: (N, F, C, H, W) of the batch's media, flat and in reading order; or
+            pixel_values: (N, F, C, H, W) of the batch's media, flat and in reading order, or (M, 1, C, H, W) with
+            media_frames: (N,) number of frames of each medium, where these differ; M = Σ `media_frames`; or
             media_latents: (N, R, D), as `encode_media` gives them; or
-            media_memory: as `remember_media` gives it. None of the three: no media.
+            media_memory: as `remember_media` gives it. None of them: no media.
             media_per_sample: (B,) number of media of each sample; default: its number of `<image>`.
             media_first, media_last: (B, T) the media that each token may see (`flamingo.media`); default: from
                 `input_ids` and the configuration.
@@ -417,9 +423,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             `FlamingoOutput`.
         """
-        if sum(given is not None for given in (pixel_values, media_latents, media_memory)) > 1:
-            raise FlamingoError("expected one of pixel_values, media_latents and media_memory")
-        media = _number(pixel_values, media_latents, media_memory)
+        media = _number(pixel_values, media_frames, media_latents, media_memory)
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         counts = self._count_marks(input_ids)
         if media_per_sample is None:
@@ -430,7 +434,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         trains = labels is not None and torch.is_grad_enabled()
         if media_memory is None:
             with fast_products(trains):
-                media_memory = self._remember(pixel_values, media_latents, input_ids)
+                media_memory = self._remember(pixel_values, media_frames, media_latents, input_ids)
         if media_first is None or media_last is None:
             if continues:
                 raise FlamingoError("media_first and media_last: expected with the cache of an earlier pass")
@@ -544,12 +548,18 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _count_marks(self, input_ids: Tensor) -> Tensor:
         return input_ids.eq(self.config.image_token_id).sum(dim=1)
 
-    def _remember(self, pixel_values: Tensor | None, media_latents: Tensor | None, input_ids: Tensor) -> MediaMemory:
+    def _remember(
+        self,
+        pixel_values: Tensor | None,
+        media_frames: Tensor | None,
+        media_latents: Tensor | None,
+        input_ids: Tensor,
+    ) -> MediaMemory:
         """Keys and values of the media in either form; of none, through the resampler all the same, for its graph."""
         if media_latents is None:
             if pixel_values is None:
                 pixel_values = torch.zeros(0, 1, 1, 1, 1, device=input_ids.device)
-            media_latents = self.encode_media(pixel_values)
+            media_latents = self.encode_media(pixel_values, media_frames)
         return self.remember_media(media_latents)
 
     def _mask_unused(self, logits: Tensor) -> Tensor:
@@ -584,9 +594,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"input_ids: expected all ids, those of the {cache.get_seq_length()} tokens in past_key_values too, "
                 f"got {input_ids.shape[1]}"
             )
-        pixel_values, latents = kwargs.pop("pixel_values", None), kwargs.pop("media_latents", None)
+        given = [kwargs.pop(name, None) for name in ("pixel_values", "media_frames", "media_latents")]
         memory: MediaMemory | None = kwargs.get("media_memory")
-        media = _number(pixel_values, latents, memory)
+        media = _number(*given, memory)
         counts = self._count_marks(input_ids)
         if kwargs.get("media_per_sample") is None:
             kwargs["media_per_sample"] = counts
@@ -596,7 +606,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         suppressed = sorted({*asked, self.config.image_token_id})
         with fast_products():
             if memory is None:
-                kwargs["media_memory"] = self._remember(pixel_values, latents, input_ids)
+                kwargs["media_memory"] = self._remember(*given, input_ids)
             return super().generate(inputs, generation_config, suppress_tokens=suppressed, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
@@ -736,9 +746,45 @@ def _checkpoint_fast(checkpoint: Callable[..., Any], function: Callable[..., Any
     return checkpoint(fast_products()(function), *args)
 
 
-def _number(*forms: Tensor | MediaMemory | None) -> int:
-    """How many media there are, in whichever form they are given."""
-    return next((len(given) for given in forms if given is not None), 0)
+def _number(
+    pixel_values: Tensor | None, media_frames: Tensor | None, latents: Tensor | None, memory: MediaMemory | None
+) -> int:
+    """How many media there are, in whichever form they are given: one, or none."""
+    forms = [given for given in (pixel_values, latents, memory) if given is not None]
+    if len(forms) > 1:
+        raise FlamingoError("expected one of pixel_values, media_latents and media_memory")
+    if media_frames is not None:
+        if pixel_values is None:
+            raise FlamingoError("media_frames: expected with pixel_values alone, whose rows they share out")
+        return media_frames.numel()
+    return len(forms[0]) if forms else 0
+
+
+def check_pixels(pixel_values: Tensor, media_frames: Tensor | None = None) -> None:
+    """Refuse what `encode_media` does not take; it names shapes and numbers."""
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim != 5:
+        raise FlamingoError(f"pixel_values of shape {shape}: expected (media, frames, channels, height, width)")
+    if not pixel_values.is_floating_point():
+        raise FlamingoError(f"pixel_values of {pixel_values.dtype}: expected normalised ones, in floating point")
+    if media_frames is None:
+        return
+    if media_frames.ndim != 1 or media_frames.is_floating_point():
+        raise FlamingoError(
+            f"media_frames of shape {tuple(media_frames.shape)} and {media_frames.dtype}: expected a whole number for "
+            "each medium"
+        )
+    if shape[1] != 1:
+        raise FlamingoError(
+            f"pixel_values of shape {shape}: expected (frames of all media, 1, channels, height, width), with "
+            "media_frames"
+        )
+    if not torch.compiler.is_compiling():  # a graph may not ask
+        counts = media_frames.tolist()
+        if sum(counts) != shape[0] or min(counts, default=1) < 1:
+            raise FlamingoError(
+                f"media_frames: expected numbers from 1 that add up to {shape[0]} rows of pixel_values, got {counts}"
+            )
 
 
 def check_media(media_per_sample: Tensor, media: int, counts: Tensor) -> None:

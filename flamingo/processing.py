@@ -1,6 +1,6 @@
 """FlamingoProcessor: documents → input_ids, labels and media. The one place where that happens.
 
-Legend: B samples, T text tokens, N media, F frames, C channels, H height, W width.
+Legend: B samples, T text tokens, N media, F frames, M frames of all media, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from PIL import Image as PilImage
 from PIL import ImageOps
 from torch import Tensor
@@ -20,7 +21,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from flamingo.document import Document, Image, Medium, Text, Video
 from flamingo.errors import FlamingoError
-from flamingo.images import PixelSettings, View, media_pixels, plain
+from flamingo.images import PixelSettings, View, media_frames, media_pixels, plain, rows_and_frames
 from flamingo.media import visible_media
 
 IMAGE_TOKEN = "<image>"
@@ -249,16 +250,22 @@ class FlamingoProcessor(ProcessorMixin):
     ) -> Tensor:
         """Decode media → (N, F, C, H, W) float32, as the vision tower wants them; N may be 0.
 
+        Where they differ in their numbers of frames: (M, 1, C, H, W), all frames in order; `media_frames` says so.
+
         Args:
             views: of each medium, where it is to be flipped or cropped.
             normalised: False: uint8, a quarter as much to send, for `pixel_settings.normalise` elsewhere.
 
         Raises:
             ImageError: where one is no image file, or too large for `pixel_settings.limits`; it names it.
-            FlamingoError: where they differ in their numbers of frames.
+            FlamingoError: where a video has no frames.
         """
         pixels = media_pixels(media, self.pixel_settings, views)
         return self.pixel_settings.normalise(pixels) if normalised else pixels
+
+    def media_frames(self, media: Sequence[Medium]) -> Tensor | None:
+        """(N,) the number of frames of each medium, for `encode_media` beside `pixels`; None where all have as many."""
+        return media_frames(media)
 
     def collate(
         self,
@@ -278,11 +285,12 @@ class FlamingoProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, T), `pixel_values` (N, F, C, H, W), `media_per_sample` (B,);
-            where an encoding has `next_media` also `media_first`, `media_last` (B, T).
+            where media differ in their numbers of frames also `media_frames` (N,), and `pixel_values` is
+            (M, 1, C, H, W); where an encoding has `next_media` also `media_first`, `media_last` (B, T).
 
         Raises:
-            FlamingoError: where there is no encoding, media differ in their numbers of frames or cannot be decoded, or
-                `pixels` are not those of the encodings' media.
+            FlamingoError: where there is no encoding, media cannot be decoded, or `pixels` are not those of the
+                encodings' media.
         """
         rows = [[encoding] for encoding in encodings]
         return self._collate(rows, "attention_mask", padding_side, media_attention, pixels)
@@ -327,13 +335,17 @@ class FlamingoProcessor(ProcessorMixin):
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         input_ids = padded(lambda _, encoding: encoding.input_ids, pad or 0)
         documents = padded(lambda place, encoding: [place] * len(encoding.input_ids), 0)
+        flat = [encoding for row in rows for encoding in row]
+        frames = media_frames([medium for encoding in flat for medium in encoding.media])
         batch = {
             "input_ids": input_ids,
             numbers: documents,
             "labels": padded(lambda _, encoding: encoding.labels, IGNORED),
-            "pixel_values": self._join_pixels([encoding for row in rows for encoding in row], pixels),
+            "pixel_values": self._join_pixels(flat, pixels, ragged=frames is not None),
             "media_per_sample": torch.tensor([sum(len(encoding.media) for encoding in row) for row in rows]),
         }
+        if frames is not None:
+            batch["media_frames"] = frames
         if any(encoding.next_media for row in rows for encoding in row):
             reads_next = padded(lambda _, encoding: [encoding.next_media] * len(encoding.input_ids), 0).bool()
             ahead, behind = (
@@ -344,19 +356,19 @@ class FlamingoProcessor(ProcessorMixin):
                 batch[name] = torch.where(reads_next, next_one, usual)
         return BatchFeature(batch)
 
-    def _join_pixels(self, encodings: Sequence[Encoding], pixels: Sequence[Tensor] | None) -> Tensor:
-        """The (N, F, C, H, W) of all encodings, decoded here or given for each of them."""
+    def _join_pixels(self, encodings: Sequence[Encoding], pixels: Sequence[Tensor] | None, *, ragged: bool) -> Tensor:
+        """The (N, F, C, H, W) of all encodings, `ragged` (M, 1, C, H, W), decoded here or given for each of them."""
         if pixels is None:
             views = [view for each in encodings for view in each.views or [None] * len(each.media)]
             return self.pixels([medium for encoding in encodings for medium in encoding.media], views)
-        found, expected = [len(each) for each in pixels], [len(encoding.media) for encoding in encodings]
+        found = [tuple(each.shape[:2]) for each in pixels]
+        expected = [rows_and_frames(encoding.media) for encoding in encodings]
         if found != expected:
-            raise FlamingoError(f"collate: pixels of {found} media a sequence: expected {expected}")
-        some = [each for each in pixels if len(each)]
-        if len({each.shape[1:] for each in some}) > 1:
-            frames = sorted({each.shape[1] for each in some})
-            raise FlamingoError(f"media of {frames} frames in one batch: expected one number")
-        return torch.cat(some or [*pixels])
+            raise FlamingoError(f"collate: pixels of {found} media and frames a sequence: expected {expected}")
+        if ragged:
+            return torch.cat([rearrange(each, "n f c h w -> (n f) 1 c h w") for each in pixels])
+        # No media have no number of frames.
+        return torch.cat([each for each in pixels if len(each)] or [*pixels])
 
     def __call__(
         self,
@@ -448,8 +460,8 @@ class FlamingoProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What `forward` and `generate` take from a batch of prompts."""
-        return ["input_ids", "attention_mask", "pixel_values", "media_per_sample"]
+        """What `forward` and `generate` take from a batch of prompts; `media_frames` only some have, see `collate`."""
+        return ["input_ids", "attention_mask", "pixel_values", "media_frames", "media_per_sample"]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """As the tokenizer's."""

@@ -56,7 +56,7 @@ def ragged() -> list[Document]:
 def prompts(processor: FlamingoProcessor, documents: Any = None) -> dict[str, Tensor]:
     """A left-padded batch without labels, by default of the ragged samples."""
     batch = processor(documents=documents or ragged())
-    return {name: batch[name] for name in processor.model_input_names}
+    return {name: batch[name] for name in processor.model_input_names if name in batch}
 
 
 def gradients(model: nn.Module, batch: Any) -> dict[str, Tensor]:
