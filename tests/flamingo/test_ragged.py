@@ -197,7 +197,7 @@ def test_activations_computed_again_give_the_same_gradients(tiny: Tiny) -> None:
     batch = processor(documents=mixed(), padding_side="right")
     trained = [each for each in model.parameters() if each.requires_grad]
     expected = torch.autograd.grad(model(**batch).loss, trained)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(torch.autograd.grad(model(**batch).loss, trained), expected)
 
 
@@ -232,7 +232,7 @@ def test_numbers_that_do_not_fit_are_named(tiny: Tiny) -> None:
     batch = processor(documents=mixed())
     pixels, frames, ids = batch["pixel_values"], batch["media_frames"], batch["input_ids"]
     for wrong, message in (
-        (torch.tensor([1, 4, 2, 1, 6]), r"add up to the 15 rows of pixel_values, got \[1, 4, 2, 1, 6\]"),
+        (torch.tensor([1, 4, 2, 1, 6]), r"add up to 15 rows of pixel_values, got \[1, 4, 2, 1, 6\]"),
         (torch.tensor([0, 5, 2, 1, 7]), r"numbers from 1 .* got \[0, 5, 2, 1, 7\]"),
         (frames.float(), r"media_frames of shape \(5,\) and torch.float32: expected a whole number for each medium"),
         (frames[None], r"media_frames of shape \(1, 5\)"),
