@@ -28,10 +28,17 @@ SOURCES = {
     "obelics": ("data_shards.sources.obelics", "ObelicsReader"),
     "pairs": ("data_shards.sources.pairs", "PairsReader"),
     "folder": ("data_shards.sources.folder", "FolderReader"),
+    "mimic_it": ("data_shards.sources.mimic_it", "MimicItReader"),
+    "llava": ("data_shards.sources.llava", "LlavaReader"),
+    "m3it": ("data_shards.sources.m3it", "M3itReader"),
 }
 """name on the command line → module and class of the reader"""
 WITH_URLS = ("mmc4", "obelics")
 """sources that name their images by URLs"""
+INSTRUCTIONS = ("mimic_it", "llava", "m3it")
+"""sources of instructions, whose documents are longer, and of which a whole source can be validated"""
+MIMIC_IT = (".yaml", ".yml", "_instructions.json")
+"""endings of inputs that can only be of mimic_it"""
 PLAIN_SECONDS = 60.0
 """between two lines of progress where the display cannot redraw itself"""
 ROW_GROUP = 50_000
@@ -53,6 +60,8 @@ class ConvertOptions:
     """processes that work; the shards are the same for any number. Default: one for each core"""
     skip_unreadable: bool = False
     """count files of the source that cannot be read as dropped, instead of stopping at the first"""
+    strict: bool = False
+    """stop at the first record with a fault, and name it; default: faulty records are left out and counted"""
 
 
 @dataclass
@@ -67,7 +76,10 @@ class UrlsOptions:
 
 @dataclass
 class ValidateOptions:
-    """Open everything in a folder of shards, ours or anybody's, and report each fault; exit code 1 if there is any."""
+    """Open everything in a folder of shards, ours or anybody's, and report each fault; exit code 1 if there is any.
+
+    Of sources of instructions too: `validate mimic_it|llava|m3it INPUT`, or a mixture or XX_instructions.json alone.
+    """
 
     folder: str
     """folder of *.tar files, with or without an index"""
@@ -79,6 +91,14 @@ class ValidateOptions:
     """folder of a saved Flamingo or of its processor, for the channels and the limits of its images"""
     processes: int | None = None
     """processes that work; default: one for each core, where there are enough data"""
+
+
+@dataclass
+class ValidateSourceOptions:
+    """Read a source of instructions as a conversion would, and count what is wrong; exit code 1 if anything is."""
+
+    json: str | None = None
+    """file for the accounts as JSON, by the names of the datasets"""
 
 
 @dataclass
@@ -179,13 +199,20 @@ def convert(words: Sequence[str]) -> None:
     from data_shards import convert as conversion
 
     kind, rest = _source("convert", words, tuple(SOURCES))
-    reader, options, where = parse(f"convert {words[0]}", rest, "input", kind, conversion.Options, ConvertOptions)
-    processes = where.processes or os.cpu_count() or 1
+    limits = conversion.InstructionOptions if words[0] in INSTRUCTIONS else conversion.Options
+    reader, options, where = parse(f"convert {words[0]}", rest, "input", kind, limits, ConvertOptions)
+    settings = {"processes": where.processes or os.cpu_count() or 1, "strict": where.strict}
+    settings["skip_unreadable"] = where.skip_unreadable
     with progress() as watch:
-        account = conversion.convert(
-            reader, where.out, options, processes=processes, skip_unreadable=where.skip_unreadable, watch=watch
-        )
-    _print(account_table(account, where.out))
+        if getattr(reader, "is_mixture", False):
+            accounts = conversion.convert_each(reader.datasets(), where.out, options, **settings, watch=watch)
+        else:
+            accounts = {"": conversion.convert(reader, where.out, options, **settings, watch=watch)}
+    for name, account in accounts.items():
+        _print(account_table(account, str(Path(where.out, name))))
+    if "" not in accounts:
+        print("for a recipe:\n\ndata:\n  sources:")
+        print("\n".join(f"    {name}: {{shards: {Path(where.out, name)}}}" for name in accounts))
 
 
 def urls(words: Sequence[str]) -> None:
@@ -241,7 +268,11 @@ def write_urls(found: Iterator[tuple[str, str]], path: Path) -> tuple[int, int]:
 
 
 def validate(words: Sequence[str]) -> None:
-    """Open everything in a folder of shards, and report each fault."""
+    """Open everything in a folder of shards, or of a source of instructions, and report each fault."""
+    if words and words[0] in INSTRUCTIONS:
+        return _validate_source(words[0], words[1:])
+    if words and words[0].lower().endswith(MIMIC_IT):
+        return _validate_source("mimic_it", words)
     (options,) = parse("validate", words, "folder", ValidateOptions)
     from data_shards.validate import validate as look
 
@@ -252,8 +283,23 @@ def validate(words: Sequence[str]) -> None:
         processes=options.processes,
     )
     report.print(_console())
-    _write_json(options.json, report)
+    _write_json(options.json, report.as_dict())
     if not report.ok:
+        raise SystemExit(1)
+    return None
+
+
+def _validate_source(name: str, words: Sequence[str]) -> None:
+    kind, _ = _source("validate", [name], INSTRUCTIONS)
+    reader, options = parse(f"validate {name}", words, "input", kind, ValidateSourceOptions)
+    from data_shards.convert import examine
+
+    readers = reader.datasets() if getattr(reader, "is_mixture", False) else [reader]
+    accounts = {each.name: examine(each) for each in readers}
+    for title, account in accounts.items():
+        _print(account_table(account, title))
+    _write_json(options.json, {title: account.as_dict() for title, account in accounts.items()})
+    if any(account.faults for account in accounts.values()):
         raise SystemExit(1)
 
 
@@ -264,7 +310,7 @@ def stats(words: Sequence[str]) -> None:
 
     found = statistics(options.folder, options.tokenizer, samples=options.samples, processes=options.processes)
     found.print(_console())
-    _write_json(options.json, found)
+    _write_json(options.json, found.as_dict())
     if options.plot is not None:
         print(found.plot(options.plot))
 
@@ -372,14 +418,16 @@ def account_table(account: Account, out: str) -> Table:
 
     from data_shards.report import printable
 
-    table = Table("", "documents", "images", "for example", title=Line(f"{account.samples:,} samples in {out}"))
-    table.columns[1].justify = table.columns[2].justify = "right"
-    table.columns[3].overflow = "fold"
-    table.add_row("read", f"{account.documents_read:,}", f"{account.images_read:,}")
-    table.add_row("kept", f"{account.documents_kept:,}", f"{account.images_kept:,}", end_section=True)
-    dropped = account.documents_dropped + account.images_dropped
-    for reason, _ in dropped.most_common():
-        counts = (counter.get(reason, 0) for counter in (account.documents_dropped, account.images_dropped))
+    kinds = ("documents", "images", *(["turns"] if account.turns_read else []))
+    table = Table("", *kinds, "for example", title=Line(f"{account.samples:,} samples in {out}"))
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    table.columns[-1].overflow = "fold"
+    for row in ("read", "kept"):
+        numbers = (getattr(account, f"{kind}_{row}") for kind in kinds)
+        table.add_row(row, *(f"{number:,}" for number in numbers), end_section=row == "kept")
+    for reason, _ in account.dropped.most_common():
+        counts = (getattr(account, f"{kind}_dropped").get(reason, 0) for kind in kinds)
         places = "\n".join(printable(place) for place in account.examples.get(reason, [])[:2])
         table.add_row(Line(reason), *(f"{count:,}" if count else "" for count in counts), Line(places))
     return table
@@ -395,11 +443,11 @@ def _print(shown: Any) -> None:
     _console().print(shown)
 
 
-def _write_json(path: str | None, found: Any) -> None:
+def _write_json(path: str | None, found: dict[str, Any]) -> None:
     from flamingo.files import write_text
 
     if path is not None:
-        write_text(Path(path), json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        write_text(Path(path), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def usage() -> str:

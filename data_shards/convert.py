@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -33,17 +34,18 @@ from einops import rearrange
 from PIL import Image as PilImage
 
 from data_shards.account import Account
-from data_shards.faults import IMAGE_MARK, NO_IMAGES, NO_TEXT, UNREADABLE, Fault
+from data_shards.faults import IMAGE_MARK, NO_IMAGES, NO_TEXT, OF_TURN, UNREADABLE, Fault
 from data_shards.sequences import image_marks
 from data_shards.shards import INDEX, ShardWriter, write_index
-from data_shards.sources import Reader, Record
+from data_shards.sources import IndexedReader, InstructionReader, Reader, Record
 from data_shards.splitting import check_limits, split, token_counter
+from data_shards.turns import fit_turns
 from flamingo.document import Document, Image, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.files import write_text
 from flamingo.images import decode
 
-PLAN, ACCOUNT, JOURNAL = "conversion.json", "account.json", ".conversion"
+PLAN, ACCOUNT, JOURNAL, CACHE = "conversion.json", "account.json", ".conversion", ".index"
 FORMAT = 1
 UNIT_BYTES = 1 << 20
 """Smaller files are taken together, larger ones in stripes where there are few. Images outside come to much more."""
@@ -86,6 +88,16 @@ class Options:
             raise FlamingoError(f"quality={self.quality}: expected 1 to 95")
 
 
+@dataclass(frozen=True)
+class InstructionOptions(Options):
+    """What is written of a source of instructions, whose turns are never cut: see `data_shards.turns`."""
+
+    max_tokens: int | None = 2048
+    """tokens of a document with its marks; turns beyond are left out or become another document. null: no limit"""
+    max_media: int | None = None
+    """media of a document; turns beyond are left out or become another document. null: no limit"""
+
+
 class Watcher(Protocol):
     """Is told how far a conversion is."""
 
@@ -100,6 +112,7 @@ def convert(
     *,
     processes: int = 1,
     skip_unreadable: bool = False,
+    strict: bool = False,
     watch: Watcher | None = None,
 ) -> Account:
     """Write the documents of a source as shards, or go on where that was stopped, and return what became of them.
@@ -110,23 +123,27 @@ def convert(
             the account is read. The source's files must be what they were.
         processes: that work; one is this process. The shards are the same for any number.
         skip_unreadable: count a file that cannot be read as one dropped document, instead of stopping.
+        strict: stop at the first record with a fault, instead of counting it. What options leave out is no fault.
         watch: called every now and then.
 
     Raises:
         FlamingoError: where `out` holds something else, which is named; where a file of the source cannot be read;
-            where a process was killed; where nothing was kept.
+            where a process was killed; where nothing was kept; where `strict` finds a fault.
     """
     options.check()
     if processes < 1:
         raise FlamingoError(f"processes={processes}: expected a positive number")
     token_counter(options.tokenizer)
     folder = Path(out)
-    job = _Job(reader, options, folder, tuple(reader.parts()), skip_unreadable)
+    reader, own = _with_cache(reader, folder)
+    job = _Job(reader, options, folder, tuple(reader.parts()), skip_unreadable, strict)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         plan = _plan(job)
         if not (folder / INDEX).exists():
             _clean(folder, plan)
+            if isinstance(reader, IndexedReader):
+                reader.prepare()
             waiting = [unit for unit in plan if not _Progress.load(folder, unit).finished]
             tally = _Tally(_CONTEXT.Array("q", 3), watch, len(plan) - len(waiting), len(plan))
             if processes == 1 or len(waiting) <= 1:
@@ -135,7 +152,52 @@ def convert(
                 _work_in_processes(job, waiting, tally, min(processes, len(waiting)))
             _finish(folder, plan)
         shutil.rmtree(folder / JOURNAL, ignore_errors=True)
+        if own:
+            shutil.rmtree(folder / CACHE, ignore_errors=True)
         return Account.from_dict(json.loads((folder / ACCOUNT).read_text(encoding="utf-8")))
+
+
+def convert_each(
+    readers: Sequence[Reader], out: str | Path, options: Options = Options(), **settings: Any
+) -> dict[str, Account]:
+    """Convert several sources, each into a folder of its own below `out`: name of the source → its account.
+
+    What they look up on disk is kept in one place until all are done, so that files which they share are read once.
+
+    Args:
+        settings: as `convert` takes them.
+
+    Raises:
+        FlamingoError: where `convert` does.
+    """
+    cached = [_with_cache(reader, Path(out)) for reader in readers]
+    accounts = {reader.name: convert(reader, Path(out, reader.name), options, **settings) for reader, _ in cached}
+    if any(own for _, own in cached):
+        shutil.rmtree(Path(out, CACHE), ignore_errors=True)
+    return accounts
+
+
+def examine(reader: Reader) -> Account:
+    """What would become of everything that a source holds, without writing shards; in this process.
+
+    Raises:
+        FlamingoError: where a file of the source cannot be read.
+    """
+    account = Account()
+    with tempfile.TemporaryDirectory() as folder:
+        reader, _ = _with_cache(reader, Path(folder))
+        for part in reader.parts():
+            for record in reader.records(part):
+                account.samples += len(reader.documents(record, account))
+    return account
+
+
+def _with_cache(reader: Reader, folder: Path) -> tuple[Reader, bool]:
+    """The reader; if it looks things up on disk and was not told where, so that it does in the folder, and True."""
+    if isinstance(reader, IndexedReader) and not reader.cache:
+        changed: Any = reader
+        return replace(changed, cache=str(folder / CACHE)), True
+    return reader, False
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -168,11 +230,12 @@ class _Job:
     folder: Path
     parts: tuple[str, ...]
     skip_unreadable: bool
+    strict: bool
 
     def described(self) -> dict[str, Any]:
         """What must be the same where a conversion goes on, as JSON gives it back."""
         reader: Any = self.reader
-        options = {each.name: getattr(reader, each.name) for each in fields(reader)}
+        options = {each.name: getattr(reader, each.name) for each in fields(reader) if each.compare}
         described = {
             "format": FORMAT,
             "reader": {"reader": type(reader).__name__, **options},
@@ -269,7 +332,7 @@ def _finish(folder: Path, plan: Sequence[_Unit]) -> None:
     if not entries:
         shutil.rmtree(folder / JOURNAL)
         (folder / PLAN).unlink()
-        reasons = (account.documents_dropped + account.images_dropped).most_common(5)
+        reasons = account.dropped.most_common(5)
         told = "; ".join(
             f"{count:,} × {reason}" + "".join(f", as {place}" for place in account.examples.get(reason, [])[:1])
             for reason, count in reasons
@@ -364,23 +427,33 @@ class _Worker:
             account.drop(str(record), UNREADABLE)
             return []
         documents = self.job.reader.documents(record, account)
-        if not account.adds_up or account.documents_read != 1:
+        if not account.adds_up or account.documents_read + account.images_read < 1 or account.documents_read > 1:
             raise AssertionError(f"internal error: {record.place}: the reader's account does not add up: {account}")
         if self.job.options.max_edge is not None or self.job.options.check_images:
-            documents = _with_good_images(documents, self.job.options, record.place, account)
+            whole = isinstance(self.job.reader, InstructionReader)
+            documents = _with_good_images(documents, self.job.options, record.place, account, whole=whole)
         documents = _keep(documents, lambda each: not image_marks(each), IMAGE_MARK, record.place, account)
-        pieces = [piece for document in documents for piece in self._split(document)]
+        pieces = [piece for document in documents for piece in self._split(document, record.place, account)]
         pieces = _keep(pieces, _has_text, NO_TEXT, record.place, account)
         account.samples += len(pieces)
+        if self.job.strict:
+            _check_faultless(account)
         key = f"{part:05d}-{number:07d}"
         several = len(pieces) > 1
         return [replace(each, key=f"{key}-{place}" if several else key) for place, each in enumerate(pieces)]
 
-    def _split(self, document: Document) -> list[Document]:
-        limits = self.job.options
-        return split(
-            document, max_tokens=limits.max_tokens, max_media=limits.max_media, count_tokens=self._count_tokens
-        )
+    def _split(self, document: Document, place: str, account: Account) -> list[Document]:
+        options, reader = self.job.options, self.job.reader
+        limits: dict[str, Any] = {"max_tokens": options.max_tokens, "max_media": options.max_media}
+        if not isinstance(reader, InstructionReader):
+            return split(document, **limits, count_tokens=self._count_tokens)
+        fitted = fit_turns(document, reader.long_turns, **limits, count_tokens=self._count_tokens)
+        if not fitted.documents:
+            return _keep([document], lambda _: False, fitted.left_out[-1], place, account)
+        account.leave_out_turns(place, fitted.left_out)
+        kept = {id(image) for piece in fitted.documents for image in piece.images}
+        _drop_kept_images(place, OF_TURN, sum(id(image) not in kept for image in document.images), account)
+        return fitted.documents
 
     @cached_property
     def _count_tokens(self) -> Callable[[str], int]:
@@ -399,9 +472,7 @@ def _keep(
     lost -= {id(image) for document in kept for image in document.images}
     _drop_kept_images(place, reason, len(lost), account)
     if documents and not kept:
-        account.documents_kept -= 1
-        account.documents_read -= 1
-        account.drop(place, reason)
+        account.drop_after_all(place, reason)
     return kept
 
 
@@ -413,6 +484,12 @@ def _drop_kept_images(place: str, reason: str, number: int, account: Account) ->
         account.drop_image(place, reason)
 
 
+def _check_faultless(account: Account) -> None:
+    """Raise FlamingoError for the first fault in the account of a record."""
+    for reason in account.faults:
+        raise FlamingoError(f"{account.examples[reason][0]} ({reason})")
+
+
 def _has_text(document: Document) -> bool:
     return any(isinstance(each, Text) and bool(each.text.strip()) for each in document.segments)
 
@@ -420,8 +497,14 @@ def _has_text(document: Document) -> bool:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def _with_good_images(documents: list[Document], options: Options, place: str, account: Account) -> list[Document]:
-    """Documents with images of bounded size, without those that cannot be decoded; one that loses all is dropped."""
+def _with_good_images(
+    documents: list[Document], options: Options, place: str, account: Account, *, whole: bool
+) -> list[Document]:
+    """Documents with images of bounded size, without those that cannot be decoded; one that loses all is dropped.
+
+    Args:
+        whole: one that loses any is dropped: a question would stay behind without what it is about.
+    """
     good: dict[int, Image | None] = {}  # several documents of a record may share an image
     for image in (image for document in documents for image in document.images):
         if id(image) in good:
@@ -431,9 +514,13 @@ def _with_good_images(documents: list[Document], options: Options, place: str, a
         except FlamingoError as error:
             good[id(image)] = None
             _drop_kept_images(f"{place}: {error}", Fault.of(error).reason, 1, account)
-    replaced = [_replace_images(document, good) for document in documents]
-    emptied = {id(now) for was, now in zip(documents, replaced, strict=True) if was.media and not now.media}
-    return _keep(replaced, lambda document: id(document) not in emptied, NO_IMAGES, place, account)
+    replaced = [(document, _replace_images(document, good)) for document in documents]
+    kept = [now for was, now in replaced if len(now.media) >= (len(was.media) if whole else min(len(was.media), 1))]
+    lost = {id(image) for image in good.values() if image} - {id(image) for each in kept for image in each.images}
+    _drop_kept_images(place, NO_IMAGES, len(lost), account)
+    if documents and not kept:
+        account.drop_after_all(place, NO_IMAGES)
+    return kept
 
 
 def _replace_images(document: Document, found: Mapping[int, Image | None]) -> Document:

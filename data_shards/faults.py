@@ -54,11 +54,25 @@ NOTHING_SUPERVISED = "no supervised token"
 UNUSABLE = "unusable sample"
 """of an error that gives no reason of its own"""
 
-# Of an image that its source's options leave out.
+# Of instructions, beside what is wrong with documents.
+DANGLING_INSTRUCTION = "dangling instruction id"
+DANGLING_IMAGE = "dangling image id"
+DUPLICATE_ID = "duplicate id"
+"""the first of an id counts"""
+EMPTY_ANSWER = "empty answer"
+OWN_CONTEXT = "query among its contexts"
+"""its answer would stand before it"""
+OF_DROPPED = "of a dropped document"
+OF_TURN = "of a turn left out"
+
+# Of what its source's options leave out, which is no fault.
 UNPLACED = "image without a place in the text"
 DISSIMILAR = "similarity below the minimum"
 TOO_SMALL = "image file too small"
 SURPLUS = "more images than the maximum"
+UNPICKED = "frame not picked"
+TOO_LONG = "longer than a sequence"
+LEFT_OUT = frozenset({UNPLACED, DISSIMILAR, TOO_SMALL, SURPLUS, UNPICKED, TOO_LONG})
 
 
 class SampleError(FlamingoError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from data_shards.account import Account
 from flamingo.document import Document
@@ -44,3 +44,27 @@ class Reader(Protocol):
 
         Every record and each of its images enters the account exactly once. Nothing that a record holds raises.
         """
+
+
+@runtime_checkable
+class InstructionReader(Reader, Protocol):
+    """A reader whose documents, one a record, are turns of question and answer: see `flamingo.instructions`.
+
+    No cut may part an answer from its question, or a question from what it is about: see `data_shards.turns`.
+    """
+
+    long_turns: ClassVar[Literal["contexts", "rounds"]]
+    """what to do with a document that is too long: turns before the last are examples, each the last of a document of
+    its own, and may be left out; or rounds of one conversation, which becomes several"""
+
+
+@runtime_checkable
+class IndexedReader(Reader, Protocol):
+    """A reader that looks things up in files on disk, which it makes of its source."""
+
+    @property
+    def cache(self) -> str:
+        """Their folder. It changes nothing in what is read."""
+
+    def prepare(self) -> None:
+        """Make them, where they are not there or of another state of the source."""

@@ -137,14 +137,20 @@ def _streams(part: str) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
 
 @dataclass
 class Images:
-    """The images of one record: how many it names, and where and why some of them were lost."""
+    """The images of one record, and its turns where it has such: how many it names, where and why some were lost."""
 
     named: int = 0
     lost: list[tuple[str, str]] = field(default_factory=list)
+    turns: int = 0
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def lose(self, reason: str, detail: str) -> None:
         """One image is not used."""
         self.lost.append((detail, reason))
+
+    def leave_out(self, reason: str, detail: str) -> None:
+        """One turn is not used."""
+        self.left_out.append((detail, reason))
 
     @property
     def left(self) -> int:
@@ -170,11 +176,14 @@ def read_record(record: Record, account: Account, read: Callable[[Any, Images], 
         dropped = SampleError(BAD_RECORD, f"nested too deeply ({error})")
     for detail, reason in images.lost:
         account.drop_image(f"{record.place}: {detail}", reason)
+    for detail, reason in images.left_out:
+        account.drop_turn(f"{record.place}: {detail}", reason)
+    turns = images.turns - len(images.left_out)
     if dropped is None:
-        account.keep(images.left)
+        account.keep(images.left, turns)
         return documents
     place = f"{record.place}: {dropped.detail}" if dropped.detail else record.place
-    account.drop(place, dropped.reason, images.left)
+    account.drop(place, dropped.reason, images.left, turns)
     return []
 
 
