@@ -485,9 +485,10 @@ def _drop_kept_images(place: str, reason: str, number: int, account: Account) ->
 
 
 def _check_faultless(account: Account) -> None:
-    """Raise FlamingoError for the first fault in the account of a record."""
-    for reason in account.faults:
-        raise FlamingoError(f"{account.examples[reason][0]} ({reason})")
+    """Raise FlamingoError for the first fault in the account of a record: an image before the document that lacks it."""
+    for reason, places in account.examples.items():
+        if reason in account.faults:
+            raise FlamingoError(f"{places[0]} ({reason})")
 
 
 def _has_text(document: Document) -> bool:

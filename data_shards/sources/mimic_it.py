@@ -102,7 +102,7 @@ def subset_of(name: str) -> str:
     known = [subset for subset in SUBSETS if name.upper().startswith(subset)]
     if not known:
         raise FlamingoError(
-            f"{name}: expected a name that begins with a known subset, or the option subset: one of {', '.join(SUBSETS)}"
+            f"{name}: expected a name that begins with a known subset, or the option subset, of {', '.join(SUBSETS)}"
         )
     return max(known, key=len)
 
@@ -392,9 +392,8 @@ class MimicItReader:
         """The largest draw of a query that is used; None: all are."""
         if self.num_samples < 1:
             return None
-        return max(
-            heapq.nsmallest(self.num_samples, (_draw(self.seed, query) for query in queries.ids())), default=None
-        )
+        draws = (_draw(self.seed, query) for query in queries.ids())
+        return max(heapq.nsmallest(self.num_samples, draws), default=None)
 
     @cached_property
     def _instructions(self) -> Store:

@@ -13,7 +13,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -134,10 +134,8 @@ def _state(path: Path) -> str | None:
 def _alone(path: Path) -> Iterator[None]:
     """Hold a lock; who comes second waits for what the first one makes."""
     with path.open("w") as file:
-        try:
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
         yield
 
 
