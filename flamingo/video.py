@@ -52,7 +52,7 @@ def is_video(path: str | Path) -> bool:
     if path.is_dir():
         return True
     with _file(path) as file:
-        picture = _picture(file)
+        picture = _picture(file, path)
         return picture is None or (picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1)
 
 
@@ -75,7 +75,7 @@ def read_video(path: str | Path, frames: int = DEFAULT_FRAMES) -> Video:
         files = _frame_files(path)
         return _pick(len(files), frames, lambda place: Image(_bytes(files[place]), str(files[place])))
     with _file(path) as file:
-        picture = _picture(file)
+        picture = _picture(file, path)
         if picture is None:
             file.seek(0)
             return _read_file(file, path, frames)
@@ -133,12 +133,14 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
 
 
-def _picture(file: BinaryIO) -> PilImage.Image | None:
+def _picture(file: BinaryIO, path: Path) -> PilImage.Image | None:
     """The file as Pillow sees it; None where it is no image."""
     try:
         return PilImage.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         return None
+    except Exception as error:  # Pillow raises many kinds
+        raise FlamingoError(f"{path}: expected a whole image file ({error})") from error
 
 
 def _read_animation(picture: PilImage.Image, path: Path, frames: int) -> Video:
@@ -213,22 +215,23 @@ class _Film:
     def at(self, time: int) -> PilImage.Image:
         """The picture shown at a time, upright; times may not fall."""
         shown, decoded = self.keys[bisect_right(self.keys, time, key=lambda key: key[0]) - 1]
-        if self.frame is None or shown > self.frame.pts:
-            self._seek(decoded)
-            if self.frame is None or self.frame.pts > time:  # the container cannot be relied on: once from its start
-                self.keys = self.keys[:1]
-                self._seek(self.keys[0][1])
+        ahead = self.frame is not None and shown <= self.frame.pts
+        # Some containers are indexed by the order of showing, others by that of decoding.
+        if not (ahead or self._seek(shown, time) or self._seek(decoded, time)):
+            self.keys = self.keys[:1]  # the index cannot be relied on: once more from the start, and on from there
+            self._seek(self.keys[0][1], time)
         while self.frame is not None and self.frame.pts < time:
             self.frame = self._next()
         if self.frame is None:
             raise FlamingoError(f"{self.path}: expected a whole video file, it ends before its last frame")
         return self.frame.to_image().rotate(self.frame.rotation, expand=True)
 
-    def _seek(self, time: int) -> None:
-        """To the key frame that is decoded at a time: many containers are indexed by the order of decoding."""
-        self.container.seek(time, stream=self.stream)
+    def _seek(self, start: int, time: int) -> bool:
+        """Go to a key frame; whether that is not behind the frame of `time`."""
+        self.container.seek(start, stream=self.stream)
         self.decoded = self.container.decode(self.stream)
         self.frame = self._next()
+        return self.frame is not None and self.frame.pts <= time
 
     def _next(self) -> Any:
         """The next frame; None at the end."""
