@@ -28,17 +28,23 @@ DEFAULT_FRAMES = 8
 """Frames of a video for a model without frame embeddings (Flamingo, section 3.2)."""
 
 
-def evenly(count: int, frames: int) -> list[int]:
-    """Places of `frames` frames among `count`, in order, as Otter picks them (`resample_frames_fn` of its data set).
+def evenly(count: int, frames: int | None) -> list[int]:
+    """Places of `frames` frames among `count`, from the first to the last; all, where there are no more than that.
 
-    The first is always the first, the last the last, those between are rounded down; of one frame it is the first.
-    Where there are fewer than asked for, some stand several times: a model tuned on a number of frames gets as many.
+    Those between are rounded down; of one frame it is the first: as Otter's data set picks them (`resample_frames_fn`),
+    but that one repeats frames where there are fewer. Here videos may differ in their numbers of frames.
+
+    Args:
+        count: of frames that there are.
+        frames: of frames wanted; None: all.
 
     Raises:
-        FlamingoError: where either number is not positive.
+        FlamingoError: where none are wanted.
     """
-    if count < 1 or frames < 1:
-        raise FlamingoError(f"evenly: {frames} of {count} frames: expected positive numbers")
+    if frames is None or (frames >= 1 and count <= frames):
+        return list(range(count))
+    if frames < 1:
+        raise FlamingoError(f"{frames} frames of a video: expected at least one")
     return np.linspace(0, count - 1, frames, dtype=int).tolist()
 
 
@@ -64,7 +70,7 @@ def read_video(path: str | Path, frames: int = DEFAULT_FRAMES) -> Video:
             names ("2.png" before "10.png"; hidden files do not count); or any other file, as a video file, which needs
             PyAV (the extra `video`). Of a video file all packets are read, and decoded what stands between a picked
             frame and the key frame before it; each frame stands upright.
-        frames: how many.
+        frames: how many at most.
 
     Raises:
         FlamingoError: where there is no video, it is broken at a frame that is needed, or PyAV is missing; it names
@@ -83,10 +89,8 @@ def read_video(path: str | Path, frames: int = DEFAULT_FRAMES) -> Video:
 
 
 def _pick(count: int, frames: int, read: Callable[[int], Image]) -> Video:
-    """A video of the frames that `evenly` picks; each is read once, in order."""
-    places = evenly(count, frames)
-    known = {place: read(place) for place in dict.fromkeys(places)}
-    return Video(tuple(known[place] for place in places))
+    """A video of the frames that `evenly` picks, read in order."""
+    return Video(tuple(read(place) for place in evenly(count, frames)))
 
 
 def _encoded(picture: PilImage.Image, name: str) -> Image:
@@ -166,7 +170,7 @@ def _read_file(file: BinaryIO, path: Path, frames: int) -> Video:
     try:
         # From an open file, of which only the content says what it is: a playlist may not open what it names.
         with av.open(file, options={"protocol_whitelist": "pipe"}) as container:
-            if not container.streams.video:
+            if not container.streams.video or container.format.name == "tty":  # text would be a film of its letters
                 raise FlamingoError(f"{path}: expected a video file, found one without pictures")
             film = _Film(container, path)
             return _pick(

@@ -44,6 +44,7 @@ from data_shards.sources.store import Store, image_rows, instruction_rows, mappi
 from flamingo.document import Document, Image, Medium, Video
 from flamingo.errors import FlamingoError
 from flamingo.instructions import Turn, instruction_document
+from flamingo.video import evenly
 
 MIXTURES = (".yaml", ".yml")
 """endings of files that name several datasets"""
@@ -410,17 +411,6 @@ class MimicItReader:
     @property
     def _folder(self) -> str:
         return self.cache or str(Path(self.input).parent / ".index")
-
-
-def evenly(length: int, number: int | None) -> list[int]:
-    """`number` places of `length`, evenly from the first to the last; all where there are no more than that.
-
-    Otter's `resample_frames` (`linspace` cut to integers), which repeats frames where there are fewer: here videos may
-    differ in their frames.
-    """
-    if number is None or length <= number:
-        return list(range(length))
-    return [place * (length - 1) // max(number - 1, 1) for place in range(number)]
 
 
 def _draw(seed: int, key: str) -> int:
