@@ -1,4 +1,4 @@
-"""A vision tower and a causal LM → a Flamingo: loading, special tokens, new rows, freezing."""
+"""A vision tower and a causal LM → a Flamingo: loading, special tokens, new rows, freezing; and what is added later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -221,12 +221,66 @@ def assemble(
     return model, FlamingoProcessor(image_processor, tokenizer, channels=channels)
 
 
+def add_tokens(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, tokens: Sequence[str]) -> None:
+    """Give special tokens rows of their own, in model and processor, in place: `<answer>` for a pretrained model.
+
+    All else stays as it is, bit for bit: the backbones, the rows of tokens that are new already, and their logits. The
+    further rows start as all new rows do. Do it before an optimizer is made and before the model is compiled or shared
+    out over processes; save the processor with the model.
+
+    Args:
+        tokens: those that the model has, or its LM knows, get no rows.
+
+    Raises:
+        FlamingoError: where a token is blank, or the processor is not the model's.
+    """
+    tokenizer, own = processor.tokenizer, model.row_of.shape[0]
+    if processor.image_token_id != model.config.image_token_id:
+        raise FlamingoError(
+            f"processor: {IMAGE_TOKEN} has id {processor.image_token_id}, expected the model's, "
+            f"{model.config.image_token_id}"
+        )
+    if blank := [token for token in tokens if not token.strip()]:
+        raise FlamingoError(f"tokens: expected words, got {blank[0]!r}")
+    vocabulary = tokenizer.get_vocab()
+    if strange := sorted(token for token, i in vocabulary.items() if i >= own and token not in tokens):
+        raise FlamingoError(
+            f"processor: it has tokens that the model lacks: {', '.join(strange)}; expected the model's"
+        )
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens]}, replace_extra_special_tokens=False)
+    lacking = [token for token in dict.fromkeys(tokens) if vocabulary.get(token, own) >= own]
+    known = sorted({i for i in vocabulary.values() if i < own} - set(model.config.new_token_ids))
+    first = len(model.config.new_token_ids)
+    model.append_new_rows(tokenizer.convert_tokens_to_ids(lacking), max(tokenizer.get_vocab().values()) + 1)
+    _start_new_rows(model, known, first)
+
+
+def add_frames(model: FlamingoForConditionalGeneration, frames: int) -> None:
+    """Give a model that was trained on images embeddings of so many frames, in place; zeros, which change nothing yet.
+
+    Do it before an optimizer is made and before the model is compiled or shared out over processes.
+
+    Raises:
+        FlamingoError: where the model has some, or `frames` is not positive.
+    """
+    resampler = model.resampler
+    if resampler.frame_embeddings is not None:
+        raise FlamingoError(f"add_frames: the model has embeddings of {len(resampler.frame_embeddings)} frames already")
+    if frames < 1:
+        raise FlamingoError(f"frames={frames}: expected at least 1")
+    resampler.frame_embeddings = nn.Parameter(resampler.latents.new_zeros(frames, resampler.latents.shape[1]))
+    model.config.resampler_max_frames = frames
+
+
 @torch.no_grad()
-def _start_new_rows(model: FlamingoForConditionalGeneration, known: list[int]) -> None:
-    """New rows start at the mean of the LM's rows plus a tenth of their spread, so that no new token stands out."""
+def _start_new_rows(model: FlamingoForConditionalGeneration, known: list[int], first: int = 0) -> None:
+    """New rows start at the mean of the LM's rows plus a tenth of their spread, so that no new token stands out.
+
+    Those from `first` on, of the LM's rows `known`.
+    """
     ends: list[tuple[Tensor, Any]] = [(model.new_input_rows, model.get_input_embeddings().weight)]
     if model.new_output_rows is not None:
         ends.append((model.new_output_rows, model.get_output_embeddings().weight))
     for rows, table in ends:
         used = table[[i for i in known if i < table.shape[0]]].float()
-        rows.copy_(used.mean(0) + 0.1 * used.std(0) * torch.randn(rows.shape))
+        rows[first:].copy_(used.mean(0) + 0.1 * used.std(0) * torch.randn(rows[first:].shape).to(used))

@@ -146,11 +146,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.new_output_rows = (
             None if text_config.tie_word_embeddings else nn.Parameter(torch.zeros(new, head.weight.shape[1]))
         )
-        # A row for each id: row_of[id] is the row of a new token, −1 for a token of the LM.
-        row_of = torch.full((max([config.vocab_size or 0, *[i + 1 for i in config.new_token_ids]]),), -1)
-        row_of[config.new_token_ids] = torch.arange(new)
-        self.register_buffer("row_of", row_of, persistent=False)
-        self.register_buffer("new_ids", torch.tensor(config.new_token_ids, dtype=torch.long), persistent=False)
+        self._register_ids()
 
         self._conditioning: _Conditioning | None = None
         for block, k in enumerate(conditioned):
@@ -185,6 +181,28 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             row_of[self.config.new_token_ids] = torch.arange(len(self.config.new_token_ids), device=row_of.device)
             init.copy_(self.row_of, row_of)
             init.copy_(self.new_ids, torch.tensor(self.config.new_token_ids, device=row_of.device))
+
+    def _register_ids(self, device: torch.device | None = None) -> None:
+        """From the configuration: `row_of[id]`, the row of a new token, −1 for a token of the LM; and the new ids."""
+        ids = self.config.new_token_ids
+        row_of = torch.full((max([self.config.vocab_size or 0, *[i + 1 for i in ids]]),), -1, device=device)
+        row_of[ids] = torch.arange(len(ids), device=device)
+        self.register_buffer("row_of", row_of, persistent=False)
+        self.register_buffer("new_ids", torch.tensor(ids, dtype=torch.long, device=device), persistent=False)
+
+    def append_new_rows(self, ids: list[int], vocab_size: int) -> None:
+        """Give further tokens rows, of zeros, after those of the tokens that are new already; in place.
+
+        The parameters of new rows are other ones afterwards: no optimizer may hold them yet.
+        """
+        for name in ("new_input_rows", "new_output_rows"):
+            rows = getattr(self, name)
+            if rows is not None:
+                grown = torch.cat((rows.detach(), rows.new_zeros(len(ids), rows.shape[1])))
+                setattr(self, name, nn.Parameter(grown, requires_grad=rows.requires_grad))
+        self.config.new_token_ids = [*self.config.new_token_ids, *ids]
+        self.config.vocab_size = vocab_size
+        self._register_ids(self.row_of.device)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -26,9 +26,11 @@ from transformers import (
     ViTConfig,
 )
 
-from flamingo import FlamingoError, from_backbones
+from flamingo import FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
+from flamingo.backbones import add_frames, add_tokens
+from flamingo.instructions import ANSWER, Turn, instruction_document
 from flamingo.modeling import decoder_layers, patch_tokens, trainable_names
-from tests.tiny import document, save_backbones, tiny_flamingo
+from tests.tiny import document, picture, save_backbones, tiny_flamingo, tokenizer
 
 PATCHES: dict[str, Any] = dict(
     hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
@@ -184,3 +186,123 @@ def test_further_tokens_have_rows_of_their_own(tmp_path: Path) -> None:
     assert model.config.end_of_chunk_token_id == known
     assert processor.tokenizer.convert_tokens_to_ids(["<image>", "<answer>"]) == [known + 1, known + 2]
     assert model.new_input_rows.shape[0] == 3
+
+
+# -- what is added later -----------------------------------------------------------------------------------------------
+
+BASE = len(tokenizer())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "lfm2"])
+@pytest.mark.parametrize("padding", [0, 2, 20])
+def test_a_token_added_later_disturbs_nothing(tmp_path: Path, family: str, padding: int) -> None:
+    """Catches rows made anew or moved, ids that read the padding rows of the LM's tables or miss its end, tied LMs
+    with output rows and untied ones without, and a token that is lost by saving.
+
+    The LM's tables end with its vocabulary, after the first two new tokens, or far behind the third.
+    """
+    model, processor = tiny_flamingo(tmp_path, family, vocabulary=BASE + padding)
+    batch = processor(documents=[document(1, 2), document(2, 0)])
+    batch.pop("labels")
+    inputs, answer = batch["input_ids"], BASE + 2
+    with torch.no_grad():
+        logits, embedded = model(**batch).logits, model.embed_tokens(inputs)
+    rows = [each.clone() for each in (model.new_input_rows, model.new_output_rows) if each is not None]
+    add_tokens(model, processor, [ANSWER])
+    assert processor.tokenizer.convert_tokens_to_ids(ANSWER) == answer == model.config.new_token_ids[-1]
+    with torch.no_grad():
+        after = model(**batch).logits
+    assert torch.equal(model.embed_tokens(inputs), embedded)
+    assert torch.equal(after[..., :answer], logits[..., :answer])
+    assert after.shape[-1] == BASE + max(padding, 3) and after[..., answer].isfinite().all()
+    assert (after[..., answer + 1 :] == -torch.inf).all()
+    grown = [each for each in (model.new_input_rows, model.new_output_rows) if each is not None]
+    assert len(grown) == (1 if family in ("opt", "lfm2") else 2) and all(each.requires_grad for each in grown)
+    for before, now in zip(rows, grown, strict=True):
+        assert torch.equal(now[:2], before) and now.shape[0] == 3 and now[2].any()
+    check_that_it_is_saved(model, processor, tmp_path)
+
+
+def check_that_it_is_saved(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
+    """In both forms: loss, logits and what is generated of a question stay the same; `<image>` is none of it."""
+    model.save_pretrained(folder / "whole")
+    model.save_trained(folder / "trained")
+    processor.save_pretrained(folder / "whole")
+    loaded = FlamingoProcessor.from_pretrained(folder / "whole")
+    asked = instruction_document([Turn("what", "cat", (picture(1),)), Turn("and", media=(picture(2),))])
+    batch = loaded(documents=asked)
+    assert (batch["input_ids"] == model.config.new_token_ids[-1]).sum() == 2
+    del batch["labels"]
+    said = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    assert loaded.image_token_id not in said[0, batch["input_ids"].shape[1] :]
+    with torch.no_grad():
+        for other in (
+            FlamingoForConditionalGeneration.from_pretrained(folder / "whole").eval(),
+            FlamingoForConditionalGeneration.from_trained(folder / "trained"),
+        ):
+            assert torch.equal(other(**batch).logits, model.eval()(**batch).logits)
+            assert other.config.new_token_ids == model.config.new_token_ids
+
+
+def test_a_token_added_later_is_as_one_from_the_start(tmp_path: Path) -> None:
+    """Catches another id, another order of rows, and rows that start elsewhere than those of the other new tokens."""
+    vision, language = save_backbones(tmp_path)
+    torch.manual_seed(1)
+    early, known = from_backbones(vision, language, extra_tokens=[ANSWER])
+    torch.manual_seed(1)
+    late, processor = from_backbones(vision, language)
+    add_tokens(late, processor, [ANSWER, ANSWER])
+    assert late.config.new_token_ids == early.config.new_token_ids
+    assert late.config.vocab_size == early.config.vocab_size
+    assert processor.tokenizer.get_vocab() == known.tokenizer.get_vocab()
+    table = late.get_input_embeddings().weight[:BASE]
+    assert ((late.new_input_rows[2] - table.mean(0)).abs() < 0.6 * table.std(0)).all()
+    late.new_input_rows.requires_grad_(False)
+    add_tokens(late, processor, ["<more>", ANSWER, "<image>", "<s>"])
+    assert late.new_input_rows.shape[0] == 4 and not late.new_input_rows.requires_grad
+    text = processor(text="<image>cat<answer><more>", images=[picture(1)])["input_ids"][0].tolist()
+    assert text[-2:] == late.config.new_token_ids[2:]
+
+
+def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """Catches ids without rows: a processor that knows more than the model, or is another one's."""
+    model, processor = tiny_flamingo(tmp_path)
+    with pytest.raises(FlamingoError, match="tokens: expected words, got ' '"):
+        add_tokens(model, processor, ["<a>", " "])
+    processor.tokenizer.add_tokens(["<own>"])
+    with pytest.raises(FlamingoError, match="it has tokens that the model lacks: <own>"):
+        add_tokens(model, processor, [ANSWER])
+    assert ANSWER not in processor.tokenizer.get_vocab()
+    add_tokens(model, processor, [ANSWER, "<own>"])
+    assert model.row_of.tolist()[-2:] == [3, 2] and model.config.new_token_ids[-2:] == [BASE + 3, BASE + 2]
+    _, other = tiny_flamingo(tmp_path / "other")
+    other.image_token_id -= 1
+    with pytest.raises(FlamingoError, match=f"<image> has id {BASE}, expected the model's, {BASE + 1}"):
+        add_tokens(model, other, ["<b>"])
+
+
+def test_frames_added_later_change_no_image(tmp_path: Path) -> None:
+    """Catches embeddings that start at random, do not train, or are lost by saving."""
+    model, processor = tiny_flamingo(tmp_path)
+    batch = processor(documents=document(1, 2), padding_side="right")
+    before = model.encode_media(batch["pixel_values"])
+    add_frames(model, 4)
+    assert torch.equal(model.encode_media(batch["pixel_values"]), before)
+    assert model.config.resampler_max_frames == 4 and "resampler.frame_embeddings" in trainable_names(model)
+    model(**batch).loss.backward()
+    embeddings = model.resampler.frame_embeddings
+    assert embeddings is not None and embeddings.grad is not None and embeddings.grad[0].any()
+    with torch.no_grad():
+        embeddings += torch.randn_like(embeddings)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_trained(tmp_path / "trained")
+    for loaded in (
+        FlamingoForConditionalGeneration.from_pretrained(tmp_path / "whole").eval(),
+        FlamingoForConditionalGeneration.from_trained(tmp_path / "trained"),
+    ):
+        assert torch.equal(loaded.encode_media(batch["pixel_values"]), model.encode_media(batch["pixel_values"]))
+        assert list(loaded.state_dict()) == list(model.state_dict())
+    with pytest.raises(FlamingoError, match="the model has embeddings of 4 frames already"):
+        add_frames(model, 8)
+    with pytest.raises(FlamingoError, match="frames=0: expected at least 1"):
+        add_frames(tiny_flamingo(tmp_path / "other")[0], 0)
