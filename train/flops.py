@@ -108,17 +108,18 @@ class OperationCounter:
         """Operations of a micro-batch. Call it before the batch is moved to a GPU, which it would wait for.
 
         Args:
-            inputs: `attention_mask` (B, T) or `documents` (B, T), `labels` (B, T), `pixel_values` (N, F, C, H, W).
+            inputs: `attention_mask` (B, T) or `documents` (B, T), `labels` (B, T), `pixel_values` (N, F, C, H, W), or
+                (M, 1, C, H, W) with `media_frames` (N,).
         """
-        media, frames, _, height, width = inputs["pixel_values"].shape
+        rows, frames, _, height, width = inputs["pixel_values"].shape
         lengths = _lengths(inputs["documents" if "documents" in inputs else "attention_mask"])
         return self.total(
             documents=len(lengths),
             tokens=int(lengths.sum()),
             pairs=float(lengths.square().sum()) / 2,
             supervised=int((inputs["labels"][:, 1:] != IGNORED).sum()),
-            media=media,
-            frames=media * frames,
+            media=len(inputs.get("media_frames", inputs["pixel_values"])),
+            frames=rows * frames,
             size=(height, width),
         )
 

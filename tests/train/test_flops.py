@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import WIDTH, document, tiny_flamingo
+from flamingo import Document, Text, Video
+from tests.tiny import WIDTH, document, picture, tiny_flamingo
 from train.flops import OperationCounter, peak_flops
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -79,6 +80,20 @@ def test_padding_and_packing_change_nothing(tmp_path: Path) -> None:
     packed = processor.collate_packed([[processor.encode(each) for each in documents]])
     # One row has fewer first tokens, which nothing foretells: none of them counts in a row of its own either.
     assert counter(packed) == pytest.approx(alone, rel=0.02)
+
+
+def test_videos_of_any_length_cost_what_each_does(tmp_path: Path) -> None:
+    """Catches frames counted as media, and the padding of short videos beside long ones."""
+    model, processor = tiny_flamingo(tmp_path, resampler_max_frames=2)
+    media = [picture(1), Video((picture(2),) * 2), Video((picture(3),) * 7)]
+    documents = [Document((medium, Text("see"))) for medium in media]
+    counter = OperationCounter(model)
+    batch = processor(documents=documents, padding_side="right")
+    assert len(batch["media_frames"]) == 3 and len(batch["pixel_values"]) == 10
+    alone = [counter(processor(documents=each, padding_side="right")) for each in documents]
+    assert counter(batch) == pytest.approx(sum(alone), rel=1e-12)
+    # Beyond the first, frames cost the tower and the keys of the resampler, and nothing else.
+    assert alone[2] - alone[0] == pytest.approx(6 * (alone[1] - alone[0]), rel=1e-12)
 
 
 def test_text_alone_costs_no_pixels(tmp_path: Path) -> None:
