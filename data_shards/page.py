@@ -72,9 +72,12 @@ class Token:
 
 
 def template(module: str, name: str) -> Template:
-    """The template `name` in the folder `templates` beside a module's file; it escapes, and refuses names not given."""
+    """The template `name` in the folder `templates` beside a module's file; it escapes, and refuses names not given.
+
+    It may extend those in this room's own folder: `charts.html` is head and style of pages of charts.
+    """
     return Environment(
-        loader=FileSystemLoader(Path(module).parent / "templates"),
+        loader=FileSystemLoader([Path(file).parent / "templates" for file in (module, __file__)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
