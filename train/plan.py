@@ -30,7 +30,7 @@ from icl_eval.tasks import load_task
 from train.flops import PEAKS, OperationCounter, peak_flops
 from train.memory import advice, component_table, memory_estimate
 from train.optim import build_optimizer
-from train.pretrain import Training, sequence_options
+from train.pretrain import Training, check_cache, sequence_options
 from train.recipe import Recipe, Run, SourceRecipe
 
 EXPECTED_MFU = 0.4
@@ -295,6 +295,10 @@ def open_shard_sets(recipe: Run, faults: list[str]) -> dict[str, ShardSet]:
                 opened[name] = open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room)
         except FlamingoError as error:
             faults.append(f"data.sources.{name}: {error}")
+    try:
+        check_cache(recipe, opened)
+    except FlamingoError as error:
+        faults.append(str(error))
     return opened
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from data_shards.convert import ACCOUNT
 from data_shards.loader import MicroBatches, Source, rank_batches
+from data_shards.order import SHARDS_AT_ONCE
 from data_shards.sequences import Sequences
-from data_shards.shards import open_shards
+from data_shards.shards import ShardSet, open_shards
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
 from flamingo.backbones import backbone_identity
 from flamingo.errors import FlamingoError, command_line
@@ -213,18 +214,39 @@ def while_others_answer(recipe: Run, state: TrainingState, processes: Processes)
 
 
 def open_sources(recipe: Run) -> list[Source]:
-    """The shard sets of the mixture."""
+    """The shard sets of the mixture.
+
+    Raises:
+        FlamingoError: where one is not as expected, or the cache cannot hold what all of them read at one time.
+    """
     data = recipe.data
     cache, room = recipe.path(data.cache), int(data.cache_gb * 1e9)
     opened = {
         name: open_shards(recipe.place(source.shards), cache=cache, cache_bytes=room)
         for name, source in data.sources.items()
     }
+    check_cache(recipe, opened)
     shares = data.shares({name: len(shards) for name, shards in opened.items()})
     return [
         Source(name, shards, share, data.sources[name].start_step * recipe.batch)
         for (name, shards), share in zip(opened.items(), shares, strict=True)
     ]
+
+
+def check_cache(recipe: Run, opened: Mapping[str, ShardSet]) -> None:
+    """Stop where remote sources would push each other's shards out of the cache: `open_shards` looks at each alone.
+
+    Raises:
+        FlamingoError: it names the sources, and the bytes that their largest shards take together.
+    """
+    remote = [name for name in opened if "://" in recipe.data.sources[name].shards]
+    largest = [sorted((shard.size for shard in opened[name].shards), reverse=True)[:SHARDS_AT_ONCE] for name in remote]
+    needed = sum(map(sum, largest))
+    if needed > recipe.data.cache_gb * 1e9:
+        raise FlamingoError(
+            f"data.cache_gb={recipe.data.cache_gb:g}: expected at least {needed:,} bytes for {', '.join(remote)} "
+            f"together, because the samples of {SHARDS_AT_ONCE} shards of each are read in turn"
+        )
 
 
 def numbers_of_documents(sources: list[Source]) -> dict[str, int]:

@@ -111,7 +111,7 @@ class DataRecipe:
     cache: str = "{out}/cache"
     """folder for remote shards on this machine; `{out}` stands for the run's folder"""
     cache_gb: float = 64.0
-    """how much of it they may fill, in units of 10⁹ bytes"""
+    """how much of it those of all sources may fill together, in units of 10⁹ bytes"""
     workers: int = 1
     """processes a rank that read ahead; 0 reads in the training process"""
     glyphs: GlyphsRecipe | None = None

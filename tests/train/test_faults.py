@@ -22,7 +22,8 @@ from tests.tiny import document, save_backbones
 from train import faults, loop
 from train.faults import FAULTS_FILE, Faults
 from train.parallel import Processes
-from train.pretrain import pretrain
+from train.plan import plan
+from train.pretrain import Pretraining, open_sources, pretrain
 from train.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe, SourceRecipe, TrackingRecipe
 
 STEPS, BATCH = 8, 8
@@ -193,3 +194,18 @@ def test_remote_shards_train_as_those_here(folder: Path, whole: Path) -> None:
     pairs = zip(rows_of(out / "metrics.jsonl"), rows_of(whole / "metrics.jsonl"), strict=True)
     assert all(here["loss"] == there["loss"] for here, there in pairs)
     assert len(list((out / "cache").glob("*.tar"))) == 2
+
+
+def test_the_cache_holds_what_all_sources_read_at_one_time(folder: Path, tmp_path: Path) -> None:
+    """Catches sources of which each fits into the cache, and that fetch the same shards again and again together."""
+    recipe = recipe_of(folder, tmp_path)
+    sizes = []
+    for name, source in recipe.data.sources.items():
+        source.shards = f"file://{folder / name}"
+        sizes.append(sum(path.stat().st_size for path in (folder / name).glob("*.tar")))
+    recipe.data.cache_gb = (sum(sizes) - 1) / 1e9
+    with pytest.raises(FlamingoError, match=rf"at least {sum(sizes):,} bytes for bad, good together") as raised:
+        open_sources(recipe)
+    assert str(raised.value) in plan(Pretraining(recipe)).faults
+    recipe.data.cache_gb = sum(sizes) / 1e9
+    assert [len(source.shards) for source in open_sources(recipe)] == [10, 10]
