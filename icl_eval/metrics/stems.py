@@ -1,0 +1,112 @@
+"""Stems of answers for OK-VQA: plurals without their s, -ing forms as plain verbs; other words stay.
+
+OK-VQA's released answers are stemmed this way. OpenFlamingo redoes it with NLTK's tagger and WordNet, which are fetched
+from the network; the rules here need nothing. They follow the -ing rule of Porter 1980 ("An algorithm for suffix
+stripping", step 1b), with tables for what it gets wrong.
+"""
+
+from __future__ import annotations
+
+import re
+
+_AS_THEY_ARE = frozenset(
+    "yes vegas las christmas tennis glass grass dress bus gas jeans pants shorts glasses scissors sunglasses "
+    "series species news is was has does his its this us as mars texas paris james chess cross lens across always "
+    "less nothing something anything everything during ceiling pudding duckling sibling darling herring sterling "
+    "viking inning earring shilling physics athletics gymnastics mathematics politics swiss canvas atlas iris "
+    "cactus octopus virus walrus campus circus focus lotus asparagus hippopotamus citrus papyrus".split()
+)
+_IRREGULAR = {
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "people": "person",
+    "feet": "foot",
+    "teeth": "tooth",
+    "geese": "goose",
+    "mice": "mouse",
+    "leaves": "leaf",
+    "knives": "knife",
+    "wives": "wife",
+    "loaves": "loaf",
+    "wolves": "wolf",
+    "calves": "calf",
+    "halves": "half",
+    "buses": "bus",
+    "ties": "tie",
+    "pies": "pie",
+    "movies": "movie",
+    "cookies": "cookie",
+    "shoes": "shoe",
+    "toes": "toe",
+    "canoes": "canoe",
+    "lying": "lie",
+    "dying": "die",
+    "tying": "tie",
+    "morning": "morn",
+    "clothes": "cloth",
+    "clothing": "cloth",
+    "ageing": "age",
+    "aging": "age",
+    "being": "be",
+    "seeing": "see",
+    "fleeing": "flee",
+    "skiing": "ski",
+    "tasting": "taste",
+    "changing": "change",
+    "arranging": "arrange",
+    "exchanging": "exchange",
+    "competing": "compete",
+    "exploring": "explore",
+    "preparing": "prepare",
+    "sharing": "share",
+    "staring": "stare",
+    "wasting": "waste",
+    "bathing": "bathe",
+    "sunbathing": "sunbath",
+    "breathing": "breathe",
+}
+_VOWEL = re.compile("[aeiouy]")
+_SHORT = re.compile("[^aeiou]+[aeiouy][^aeiouwxy]")  # hik-, rid-: one syllable that an e has left
+
+
+def stem(answer: str) -> str:
+    """Every word of an answer stemmed, joined by single spaces.
+
+    >>> stem("riding horses")
+    'ride horse'
+    """
+    return " ".join(map(_stem_word, answer.lower().split()))
+
+
+def _stem_word(word: str) -> str:
+    word = word.removesuffix("'s")
+    if word in _AS_THEY_ARE:
+        return word
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if word.endswith("ing") and _VOWEL.search(word[:-3]):
+        return _plain_verb(word[:-3])
+    if word.endswith("s") and len(word) > 3:
+        return _singular(word)
+    return word
+
+
+def _plain_verb(root: str) -> str:
+    """The verb of which `root` is left without its -ing."""
+    if len(root) > 2 and root[-1] == root[-2] and root[-1] not in "aeoslz":
+        return root[:-1]  # running
+    ends_in_e = root.endswith(("v", "u", "c", "bl", "tl", "gl", "dl", "kl", "pl", "fl", "iz", "dg", "rg"))
+    single_s = root.endswith("s") and not root.endswith("ss")
+    latin = root.endswith("at") and root[-3:-2] not in tuple("aeou") and len(root) > 3  # decorating, not eating
+    return root + "e" if ends_in_e or single_s or latin or _SHORT.fullmatch(root) else root
+
+
+def _singular(word: str) -> str:
+    if word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("ches", "shes", "sses", "xes", "zzes", "oes")):
+        return word[:-2]
+    return word[:-1]
