@@ -1,13 +1,17 @@
-"""Ranking candidate answers by their log-likelihood, with everything computed once that prompts have in common.
+"""Ranking candidate answers and generating free ones, with everything computed once that prompts have in common.
 
-Of one query, the prompts of all shot counts are nested (see `demonstrations`), so its demonstrations are read once,
-from the left, with a cache; at each shot count that is asked for, the query and then its candidate answers are read
-from a fork of that cache. Every picture is decoded, encoded, resampled and projected to keys and values once a run.
+A prompt is a row of chunks, each of any media and texts. Of one query, the prompts of all shot counts are nested (see
+`demonstrations`), and many queries may share demonstrations: what was read before them is a tree, of which every node
+is read once, from the left, with a cache. A query, and then its candidate answers, are read from forks of that cache.
+Every medium is decoded, encoded, resampled and projected to keys and values once a run.
 
-The score of a candidate is the log-likelihood, given the prompt, of all its tokens: those of the label, of the text
-that the template puts after it, and `<|endofchunk|>`.
+A pass reads equally many tokens in all of its rows; what the rows read before may differ in length. Where rows of
+several passes go on together, their caches are filled up on the left. So prompts of any lengths share passes, and no
+row ever holds padding between its tokens, which an LM with convolutions or recurrent states could not skip.
 
-Legend: B queries of a batch, T tokens of a pass, N media of a query, A candidate answers, L their longest length.
+The score of a candidate is the log-likelihood, given the prompt, of all its tokens, `<|endofchunk|>` the last.
+
+Legend: B rows of a pass, T tokens of a pass, P pairs of a query and a candidate answer.
 """
 
 from __future__ import annotations
@@ -16,84 +20,145 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from flamingo.document import Document, Image, Segment, Text
+from flamingo.document import Document, Image, Medium, Segment, Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.media import MediaMemory
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.processing import FlamingoProcessor
+from flamingo.processing import END_OF_CHUNK, FlamingoProcessor
 from flamingo.products import fast_products
-from icl_eval.sources import Pool
 
-ENCODED_AT_ONCE = 256  # images of one pass through the vision tower
+ENCODED_AT_ONCE = 256  # images, or frames of videos, of one pass through the vision tower
 CACHED_TOKENS = 2**13  # rows × tokens that a cache is copied to, so that candidates are read side by side
+JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+
+
+class Library(Protocol):
+    """Where the media of prompts are: `icl_eval.sources.Pool`, or anything else that has these two."""
+
+    def name(self, index: int) -> str:
+        """Id of a medium; unique over all libraries that an engine is given, so that these can share media."""
+
+    def media(self, indices: Sequence[int]) -> Sequence[Medium]:
+        """The media at some indices."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is read between two `<|endofchunk|>`: texts, and media as indices into a library, in reading order."""
+
+    parts: tuple[int | str, ...]
+
+    @property
+    def media(self) -> tuple[int, ...]:
+        """Indices of its media."""
+        return tuple(part for part in self.parts if not isinstance(part, str))
+
+    @property
+    def text(self) -> str:
+        """Its texts, for messages."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    def segments(self, media: Sequence[Medium], answer: str | None = None) -> list[Segment]:
+        """It as segments of a document, its media filled in; with an answer (or "") closed by `<|endofchunk|>`."""
+        filled = iter(media)
+        parts = (*self.parts, *([answer] if answer else []))
+        made: list[Segment] = [Text(part) if isinstance(part, str) else next(filled) for part in parts]
+        last = made[-1] if made else None
+        if answer is not None and isinstance(last, Text) and last.text and not last.text.endswith(END_OF_CHUNK):
+            made.append(Text(END_OF_CHUNK))
+        return made
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked after `after` demonstrations: a chunk up to its answer, and the candidate answers, if any.
+
+    An answer is the text that goes on from the chunk's, without `<|endofchunk|>`.
+    """
+
+    after: int
+    chunk: Chunk
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """A row of demonstrations, and the queries asked after some of them.
+    """A row of demonstrations, and what is asked after some of them.
 
     Attributes:
-        images: pool index of each demonstration's picture.
-        texts: the text of each demonstration's chunk, after its picture.
-        queries: (demonstrations read before it, pool index of its picture), demonstrations ascending.
-        prompt: text between the query's picture and its answer.
-        answers: candidate texts of the query's whole chunk, each beginning with `prompt`.
-        key: names the query in messages.
+        demonstrations: whole chunks, in order.
+        queries: in any order.
+        key: names it in messages.
     """
 
-    images: tuple[int, ...]
-    texts: tuple[str, ...]
-    queries: tuple[tuple[int, int], ...]
-    prompt: str
-    answers: tuple[str, ...]
+    demonstrations: tuple[Chunk, ...]
+    queries: tuple[Query, ...]
     key: str
+
+    @property
+    def media(self) -> set[int]:
+        """Indices of all media."""
+        chunks = [*self.demonstrations, *(query.chunk for query in self.queries)]
+        return {index for chunk in chunks for index in chunk.media}
+
+
+class Piece(NamedTuple):
+    """Some tokens, and the indices of the media that stand among them."""
+
+    ids: tuple[int, ...] = ()
+    media: tuple[int, ...] = ()
+
+    def then(self, other: Piece) -> Piece:
+        """Both, one after the other."""
+        return Piece(self.ids + other.ids, self.media + other.media)
+
+    def split(self, count: int, image_token_id: int) -> tuple[Piece, Piece]:
+        """Its first `count` tokens, and the others."""
+        media = self.ids[:count].count(image_token_id)
+        return Piece(self.ids[:count], self.media[:media]), Piece(self.ids[count:], self.media[media:])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query as tokens: how many pieces are read before it, its own, those of its answers, and where it stands."""
+
+    after: int
+    piece: Piece
+    answers: tuple[tuple[int, ...], ...]
+    place: tuple[int, int]
+    """number of its ladder, and its number there"""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A ladder as tokens.
+    """A ladder as tokens: what is read between one query and the next, and the queries."""
 
-    Attributes:
-        segments: what is read between one query and the next, as (token ids, pool indices of its pictures).
-        queries: (segments read before it, pool index of its picture).
-        query: token ids of the query up to its answer.
-        answers: token ids of each candidate, the query's left out.
-        place: (row, column) of its first score in the result.
-    """
-
-    segments: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    queries: tuple[tuple[int, int], ...]
-    query: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    place: tuple[int, int]
+    pieces: tuple[Piece, ...]
+    queries: tuple[Asked, ...]
+    media: frozenset[int]
 
     @property
-    def shape(self) -> tuple[Any, ...]:
-        """Encoded ladders of one shape make a batch without padding."""
-        segments = tuple((len(ids), len(images)) for ids, images in self.segments)
-        return segments, tuple(count for count, _ in self.queries), self.query, len(self.answers)
-
-    def unrolled(self) -> list[Encoded]:
-        """The same queries, each with a prompt of its own: one segment that ends with the query."""
-        alone = []
-        for column, (count, image) in enumerate(self.queries):
-            ids = tuple(token for segment, _ in self.segments[:count] for token in segment)
-            images = tuple(each for _, segment in self.segments[:count] for each in segment)
-            place = (self.place[0], self.place[1] + column)
-            alone.append(Encoded(((ids, images),), ((1, image),), self.query, self.answers, place))
-        return alone
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every pass: ladders of the same numbers can be read together to their ends."""
+        return tuple(len(piece.ids) for piece in (*self.pieces, *(query.piece for query in self.queries)))
 
 
 class MediaStore:
-    """Keys and values of pictures for the gated blocks, made once each; bounded.
+    """Keys and values of media for the gated blocks, made once each; bounded.
 
     Args:
         limit: bytes that may be held; what the queries at hand do not need is given up first.
@@ -106,20 +171,21 @@ class MediaStore:
         self.capacity = limit // sum(math.prod(each.shape[1:]) * each.element_size() for each in held)
         self.slots: dict[str, int] = {}
 
-    def _encode(self, images: Sequence[Image]) -> MediaMemory:
-        pixels = self.processor.pixels(images).to(self.model.device)
+    def _encode(self, media: Sequence[Medium]) -> MediaMemory:
+        """Media of equally many frames."""
+        pixels = self.processor.pixels(media).to(self.model.device)
         return self.model.remember_media(self.model.encode_media(pixels))
 
-    def require(self, pool: Pool, indices: Iterable[int]) -> None:
-        """Hold the pictures of `pool` at `indices`.
+    def require(self, library: Library, indices: Iterable[int]) -> None:
+        """Hold the media of `library` at `indices`.
 
         Raises:
             FlamingoError: they do not fit into the limit together.
         """
-        wanted = {pool.items[index].id: index for index in indices}
+        wanted = {library.name(index): index for index in indices}
         missing = {name: index for name, index in wanted.items() if name not in self.slots}
         if len(wanted) > self.capacity:
-            raise FlamingoError(f"media memory holds {self.capacity} pictures, but a query alone needs {len(wanted)}")
+            raise FlamingoError(f"media memory holds {self.capacity} media, but a query alone needs {len(wanted)}")
         if len(self.slots) + len(missing) > self.capacity:
             kept = [name for name in self.slots if name in wanted]
             self.memory = self.memory.select(
@@ -129,45 +195,94 @@ class MediaStore:
         parts, waiting = [self.memory], list(missing.items())
         for start in range(0, len(waiting), ENCODED_AT_ONCE):
             part = waiting[start : start + ENCODED_AT_ONCE]
-            parts.append(self._encode(pool.images([index for _, index in part])))
-            self.slots.update({name: slot for slot, (name, _) in enumerate(part, start=len(self.slots))})
+            for places, media in _by_frames(library.media([index for _, index in part])):
+                parts.append(self._encode(media))
+                self.slots.update({part[place][0]: slot for slot, place in enumerate(places, start=len(self.slots))})
         if waiting:
             self.memory = MediaMemory.cat(parts)
 
-    def table(self, pool: Pool) -> np.ndarray:
-        """Pool index → slot of the memory; −1 where the picture is not held."""
-        return np.array([self.slots.get(item.id, -1) for item in pool.items])
+    def of(self, library: Library, indices: Iterable[int]) -> tuple[int, ...]:
+        """Slots of media that are held."""
+        return tuple(self.slots[library.name(index)] for index in indices)
+
+
+def _by_frames(media: Sequence[Medium]) -> Iterator[tuple[list[int], list[Medium]]]:
+    """Media of one number of frames, so many that they are encoded at once, and their places among all."""
+    places = defaultdict(list)
+    for place, medium in enumerate(media):
+        places[len(medium.frames) if isinstance(medium, Video) else 1].append(place)
+    for frames, group in places.items():
+        for part in _split(group, max(1, ENCODED_AT_ONCE // max(1, frames))):
+            yield list(part), [media[place] for place in part]
 
 
 @dataclass
 class Prefix:
-    """What a batch has read so far.
+    """What the rows of a batch have read so far.
 
     Attributes:
-        media: (B, N) slots of the media that tokens to come may see.
+        media: of each row, slots of the media that tokens to come may see.
         length: tokens read, padding included.
-        cache: the LM's; None before the first pass.
-        padding: (B, length) 1 for tokens, 0 for padding; None where there is no padding.
+        cache: the LM's; None before the first token.
+        padding: (B, length) 1 for tokens, 0 for padding, which is on the left; None where there is no padding.
     """
 
-    media: Tensor
+    media: list[tuple[int, ...]]
     length: int = 0
     cache: Any = None
     padding: Tensor | None = None
 
-    def fork(self, repeats: int = 1) -> Prefix:
-        """A continuation of its own, `repeats` times for each query; reading on in it leaves this one as it is."""
+    def pick(self, rows: Sequence[int]) -> Prefix:
+        """A continuation of its own for some rows, with repeats; reading on in it leaves this one as it is."""
         twin = copy.copy(self)
         if self.cache is not None:
             twin.cache = copy.copy(self.cache)
             twin.cache.layers = [_fork_layer(layer) for layer in self.cache.layers]
-        if repeats > 1:
-            rows = torch.arange(len(self.media), device=self.media.device).repeat_interleave(repeats)
-            twin.media = self.media[rows]
-            twin.padding = None if self.padding is None else self.padding[rows]
-            for layer in twin.cache.layers if twin.cache is not None else ():
-                layer.reorder_cache(rows)
+        if list(rows) == list(range(len(self.media))):
+            return twin
+        twin.media = [self.media[row] for row in rows]
+        if self.cache is not None:
+            index = torch.tensor(rows, device=self._device())
+            twin.padding = None if self.padding is None else self.padding[index]
+            for layer in twin.cache.layers:
+                layer.reorder_cache(index)
         return twin
+
+    @staticmethod
+    def join(rows: Sequence[tuple[Prefix, int]]) -> Prefix:
+        """A continuation of rows of several prefixes, all of which have read something or none; see `pick`."""
+        runs = [(group[0][0], [row for _, row in group]) for group in _runs(rows)]
+        parts = [prefix.pick(chosen) for prefix, chosen in runs]
+        if len(parts) == 1:
+            return parts[0]
+        joined = Prefix([media for part in parts for media in part.media], max(part.length for part in parts))
+        if parts[0].cache is None:
+            return joined
+        joined.cache = parts[0].cache
+        joined.cache.layers = [
+            _join_layers(layers) for layers in zip(*(part.cache.layers for part in parts), strict=True)
+        ]
+        if any(part.padding is not None or part.length < joined.length for part in parts):
+            device = parts[0]._device()
+            joined.padding = torch.zeros(len(joined.media), joined.length, dtype=torch.long, device=device)
+            start = 0
+            for part in parts:
+                place = joined.padding[start : start + len(part.media), joined.length - part.length :]
+                place.copy_(torch.ones_like(place) if part.padding is None else part.padding)
+                start += len(part.media)
+        return joined
+
+    def _device(self) -> torch.device:
+        return next(
+            value.device
+            for layer in self.cache.layers
+            for value in (getattr(layer, "keys", None), *getattr(layer, "conv_states", {}).values())
+            if isinstance(value, Tensor)
+        )
+
+
+def _runs(rows: Sequence[tuple[Prefix, int]]) -> list[list[tuple[Prefix, int]]]:
+    return [list(group) for _, group in groupby(rows, key=lambda row: id(row[0]))]
 
 
 def _fork_layer(layer: Any) -> Any:
@@ -179,14 +294,60 @@ def _fork_layer(layer: Any) -> Any:
     return twin
 
 
+def _join_layers(layers: Sequence[Any]) -> Any:
+    """The rows of several forks of one layer; keys and values are filled up on the left to the longest."""
+    joined = layers[0]
+    if type(joined) not in JOINABLE:
+        raise FlamingoError(f"the LM keeps a cache of {type(joined).__name__}, of which rows cannot be joined")
+    for name, value in list(vars(joined).items()):
+        each = [getattr(layer, name) for layer in layers]
+        if name in ("keys", "values") and isinstance(value, Tensor):
+            longest = max(part.shape[-2] for part in each)
+            padded = [torch.nn.functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in each]
+            setattr(joined, name, torch.cat(padded))
+        elif name == "cumulative_length":
+            setattr(joined, name, max(each))
+        elif isinstance(value, dict):
+            states = {k: torch.cat([part[k] for part in each]) for k, v in value.items() if isinstance(v, Tensor)}
+            setattr(joined, name, {**value, **states})
+    return joined
+
+
+@dataclass(eq=False)
+class Node:
+    """What some ladders have in common from their beginning on, read.
+
+    Attributes:
+        read: all its tokens.
+        prefix: of the pass that read the last of them.
+        place: number of that pass among those of its depth, and the row there.
+    """
+
+    read: Piece
+    prefix: Prefix = field(repr=False)
+    place: tuple[int, int]
+
+
+class Waiting(NamedTuple):
+    """A query, and the node that it is asked after."""
+
+    asked: Asked
+    node: Node
+
+    @property
+    def whole(self) -> Piece:
+        """The prompt from its beginning on."""
+        return self.node.read.then(self.asked.piece)
+
+
 class Engine:
-    """Scores ladders with one model.
+    """Ranks and generates answers with one model.
 
     Args:
         model: in evaluation mode.
         processor: the model's.
-        batch_size: queries of a batch.
-        media_bytes: limit of the store of pictures.
+        batch_size: rows of a pass, and ladders that are read side by side.
+        media_bytes: limit of the store of media.
     """
 
     def __init__(
@@ -201,7 +362,7 @@ class Engine:
             raise FlamingoError(f"batch_size: {batch_size}, expected at least 1")
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.sees_all = model.config.media_attention == "all"
-        self.chunks: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self.known: dict[tuple[Any, ...], tuple[int, ...]] = {}
         self.filler: int = model.config.end_of_chunk_token_id
         self.opening = tuple(processor.encode(Document(())).input_ids)
         with torch.inference_mode():
@@ -211,36 +372,48 @@ class Engine:
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
-    def chunk(self, text: str, *, complete: bool = True) -> tuple[int, ...]:
-        """Ids of `<image>` and `text`; complete: and `<|endofchunk|>`."""
-        if (text, complete) not in self.chunks:
-            document = Document(_chunk(text), complete=complete)
-            self.chunks[text, complete] = tuple(self.processor.encode(document, bos=False).input_ids)
-        return self.chunks[text, complete]
+    def tokens(self, chunk: Chunk, answer: str | None = None) -> tuple[int, ...]:
+        """Ids of a chunk; with an answer (or "") closed by `<|endofchunk|>`."""
+        key = (tuple(part if isinstance(part, str) else None for part in chunk.parts), answer)
+        if key not in self.known:
+            segments = chunk.segments([Image(b"")] * len(chunk.media), answer)
+            document = Document(tuple(segments), complete=False)
+            self.known[key] = tuple(self.processor.encode(document, bos=False).input_ids)
+        return self.known[key]
 
-    def encode(self, ladder: Ladder, row: int) -> Encoded:
-        """Tokens of a ladder whose scores go to `row`.
+    def encode(self, ladder: Ladder, number: int) -> Encoded:
+        """Tokens of a ladder, the `number`th.
 
         Raises:
-            FlamingoError: where the tokens of the prompt are no prefix of those of prompt and answer; it names both.
+            FlamingoError: where the tokens of a prompt are no prefix of those of prompt and answer; it names both.
         """
-        query = self.chunk(ladder.prompt, complete=False)
-        answers = []
-        for text in ladder.answers:
-            ids = self.chunk(text)
-            if ids[: len(query)] != query or len(ids) == len(query):
-                raise FlamingoError(
-                    f"{ladder.key}: the tokens of the prompt {ladder.prompt!r} are no prefix of those of prompt and "
-                    f"answer {text!r}; end the prompt where a token ends"
-                )
-            answers.append(ids[len(query) :])
-        cuts = sorted({count for count, _ in ladder.queries})
-        segments: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        cuts = sorted({query.after for query in ladder.queries})
+        pieces: list[Piece] = []
         for start, end in zip([0, *cuts], cuts, strict=False):
-            ids = tuple(token for text in ladder.texts[start:end] for token in self.chunk(text))
-            segments.append(((() if segments else self.opening) + ids, ladder.images[start:end]))
-        queries = tuple((cuts.index(count) + 1, image) for count, image in ladder.queries)
-        return Encoded(tuple(segments), queries, query, tuple(answers), (row, 0))
+            chunks = ladder.demonstrations[start:end]
+            ids = tuple(token for chunk in chunks for token in self.tokens(chunk, ""))
+            media = tuple(index for chunk in chunks for index in chunk.media)
+            pieces.append(Piece(ids if pieces else self.opening + ids, media))
+        queries = tuple(
+            Asked(
+                cuts.index(query.after) + 1,
+                Piece(self.tokens(query.chunk), query.chunk.media),
+                tuple(self._answer(ladder.key, query.chunk, answer) for answer in query.answers),
+                (number, place),
+            )
+            for place, query in enumerate(ladder.queries)
+        )
+        return Encoded(tuple(pieces), queries, frozenset(ladder.media))
+
+    def _answer(self, key: str, chunk: Chunk, answer: str) -> tuple[int, ...]:
+        """Ids of an answer as they stand after its prompt."""
+        prompt, ids = self.tokens(chunk), self.tokens(chunk, answer)
+        if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+            raise FlamingoError(
+                f"{key}: the tokens of the prompt {chunk.text!r} are no prefix of those of prompt and answer "
+                f"{chunk.text + answer!r}; end the prompt where a token ends"
+            )
+        return ids[len(prompt) :]
 
     def check_tokens(self, ladder: Ladder, encoded: Encoded) -> None:
         """Refuse a tokenizer that reads chunks differently alone and in a row.
@@ -248,31 +421,37 @@ class Engine:
         Raises:
             FlamingoError: it names the ladder and the first token that differs.
         """
-        segments: list[Segment] = [part for text in ladder.texts for part in _chunk(text)]
-        whole = self.processor.encode(Document((*segments, *_chunk(ladder.answers[0])))).input_ids
-        joined = [token for ids, _ in encoded.segments for token in ids] + [*encoded.query, *encoded.answers[0]]
+        at = max(range(len(ladder.queries)), key=lambda place: ladder.queries[place].after)
+        query, asked = ladder.queries[at], encoded.queries[at]
+        chunks = ladder.demonstrations[: query.after]
+        segments = [part for chunk in chunks for part in chunk.segments([Image(b"")] * len(chunk.media), "")]
+        answer = query.answers[0] if query.answers else None
+        segments += query.chunk.segments([Image(b"")] * len(query.chunk.media), answer)
+        whole = self.processor.encode(Document(tuple(segments), complete=False)).input_ids
+        joined = [token for piece in (*encoded.pieces[: asked.after], asked.piece) for token in piece.ids]
+        joined += asked.answers[0] if asked.answers else ()
         if whole != joined:
             place = next((i for i, pair in enumerate(zip(whole, joined, strict=False)) if pair[0] != pair[1]), -1)
             raise FlamingoError(
                 f"{ladder.key}: the tokenizer reads a chunk differently alone and in a row (first at token {place})"
             )
 
-    # -- ranking -------------------------------------------------------------------------------------------------------
+    # -- answers -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     @fast_products()
     def rank(
         self,
-        pool: Pool,
+        library: Library,
         ladders: Sequence[Ladder],
         *,
         normalise: str = "sum",
         progress: Callable[[int], None] | None = None,
-    ) -> list[np.ndarray]:
-        """Log-likelihoods of every ladder's answers, each (queries, answers) float64, in nats.
+    ) -> list[list[np.ndarray]]:
+        """Log-likelihoods of the answers of every ladder's every query, each (answers,) float64, in nats.
 
         Args:
-            pool: where the pictures are.
+            library: where the media are.
             ladders: to score; any order and mixture.
             normalise: "sum" over the tokens of an answer, or their "mean".
             progress: called with the number of queries done since its last call.
@@ -280,202 +459,276 @@ class Engine:
         Raises:
             FlamingoError: see `encode`, `check_tokens` and `MediaStore.require`.
         """
-        encoded = [self.encode(ladder, row) for row, ladder in enumerate(ladders)]
-        if encoded:
-            longest = max(range(len(ladders)), key=lambda row: len(ladders[row].texts))
-            self.check_tokens(ladders[longest], encoded[longest])
-        scores = [np.full((len(each.queries), len(each.answers)), np.nan) for each in encoded]
-        for window in self._windows(encoded):
-            self.store.require(pool, {image for each in window for image in _images(each)})
-            table = self.store.table(pool)
-            for batch in self._batches(window):
-                found = self._rank_batch(batch, table, normalise)
-                for each, rows in zip(batch, found, strict=True):
-                    row, column = each.place
-                    scores[row][column : column + len(rows)] = rows
+        scores = [[np.zeros(0) for _ in ladder.queries] for ladder in ladders]
+        for waiting in self._read_ladders(library, ladders):
+            for batch, prefix in self._batches([(each.node, each.asked.piece) for each in waiting]):
+                asked = [waiting[number].asked for number in batch]
+                logits = self._read(library, prefix, [each.piece for each in asked])
+                for each, row in zip(asked, self._score(prefix, logits, [each.answers for each in asked]), strict=True):
+                    ladder, place = each.place
+                    lengths = [len(ids) for ids in each.answers]
+                    scores[ladder][place] = row / lengths if normalise == "mean" else row
                 if progress is not None:
-                    progress(sum(len(each.queries) for each in batch))
+                    progress(len(batch))
         return scores
 
+    @torch.inference_mode()
+    def generate(
+        self,
+        library: Library,
+        ladders: Sequence[Ladder],
+        *,
+        max_new_tokens: int,
+        beams: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[str]]:
+        """What the model most likely answers to every ladder's every query, up to `<|endofchunk|>`.
+
+        Args:
+            library: where the media are.
+            ladders: any order and mixture; candidate answers are not looked at.
+            max_new_tokens: of an answer, at most.
+            beams: 1: each token the most likely one; more: beam search, as transformers has it.
+            progress: called with the number of queries done since its last call.
+
+        Raises:
+            FlamingoError: see `encode`, `check_tokens` and `MediaStore.require`.
+        """
+        for name, value in (("max_new_tokens", max_new_tokens), ("beams", beams)):
+            if value < 1:
+                raise FlamingoError(f"{name}: {value}, expected at least 1")
+        texts = [[""] * len(ladder.queries) for ladder in ladders]
+        image = self.model.config.image_token_id
+        for waiting in self._read_ladders(library, ladders):
+            # All but the last token, which generation reads: after it, queries of any lengths go on together.
+            begun = [(each.node, each.asked.piece.split(-1, image)[0]) for each in waiting]
+            ready = list(zip(waiting, self._go_on(library, begun), strict=True))
+            ready.sort(key=lambda each: each[1].place)
+            for some in _split(ready, self.batch_size):
+                prefix = Prefix.join([(node.prefix, node.place[1]) for _, node in some])
+                found = self._generate(library, prefix, [each.whole for each, _ in some], max_new_tokens, beams)
+                for (each, _), text in zip(some, found, strict=True):
+                    ladder, place = each.asked.place
+                    texts[ladder][place] = text
+                if progress is not None:
+                    progress(len(some))
+        return texts
+
+    # -- reading the demonstrations ------------------------------------------------------------------------------------
+
+    def _read_ladders(self, library: Library, ladders: Sequence[Ladder]) -> Iterator[list[Waiting]]:
+        """Read the demonstrations of all ladders; yields queries of one depth, for which everything is read."""
+        encoded = [self.encode(ladder, number) for number, ladder in enumerate(ladders)]
+        if encoded:
+            longest = max(range(len(ladders)), key=lambda number: len(ladders[number].demonstrations))
+            self.check_tokens(ladders[longest], encoded[longest])
+        for window in self._windows(encoded):
+            self.store.require(library, {index for each in window for index in each.media})
+            # Those of the same lengths beside one another: the longer the runs, the fewer the passes.
+            for group in _split(sorted(window, key=lambda each: each.lengths), self.batch_size):
+                yield from self._read_group(library, group)
+
     def _windows(self, encoded: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-        """Runs of ladders whose pictures fit into the store together."""
+        """Runs of ladders whose media fit into the store together."""
         window: list[Encoded] = []
         held: set[int] = set()
         for each in encoded:
-            images = set(_images(each))
-            if window and len(held | images) > self.store.capacity:
+            if window and len(held | each.media) > self.store.capacity:
                 yield window
                 window, held = [], set()
             window.append(each)
-            held |= images
+            held |= each.media
         if window:
             yield window
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
-        """Batches of equal shape; where a shape is rare, its queries are read alone, padded to similar lengths."""
-        by_shape = defaultdict(list)
-        for each in encoded:
-            by_shape[each.shape].append(each)
-        rare = defaultdict(list)
-        for group in by_shape.values():
-            if len(group) < self.batch_size / 4 and len(by_shape) > 1:
-                for each in (alone for ladder in group for alone in ladder.unrolled()):
-                    rare[each.query, len(each.answers), len(each.segments[0][1])].append(each)
-            else:
-                yield from _split(group, self.batch_size)
-        for group in rare.values():
-            group.sort(key=lambda each: len(each.segments[0][0]))
-            yield from _split(group, self.batch_size)
+    def _read_group(self, library: Library, group: Sequence[Encoded]) -> Iterator[list[Waiting]]:
+        """Read the pieces of some ladders, depth by depth, those that several begin with once."""
+        reached = [Node(Piece(), Prefix([()]), (0, 0))] * len(group)
+        for depth in range(max(len(each.pieces) for each in group)):
+            steps = {
+                number: (reached[number], each.pieces[depth])
+                for number, each in enumerate(group)
+                if depth < len(each.pieces)
+            }
+            different = list(dict.fromkeys(steps.values()))
+            nodes = dict(zip(different, self._go_on(library, different), strict=True))
+            for number, step in steps.items():
+                reached[number] = nodes[step]
+            yield [
+                Waiting(asked, reached[number])
+                for number, each in enumerate(group)
+                for asked in each.queries
+                if asked.after == depth + 1
+            ]
 
-    def _rank_batch(self, batch: Sequence[Encoded], table: np.ndarray, normalise: str) -> np.ndarray:
-        """Scores (B, queries, A) of ladders of one shape, but for the length of their first segment."""
-        first, device = batch[0], self.model.device
-        answers = Answers.of([each.answers for each in batch], self.filler, device)
-        query = torch.tensor([each.query for each in batch], device=device)
-        scores = torch.zeros(len(batch), len(first.queries), len(first.answers), dtype=torch.float64)
-        prefix = Prefix(torch.zeros(len(batch), 0, dtype=torch.long, device=device))
-        for count in range(1, len(first.segments) + 1):
-            segment = [each.segments[count - 1] for each in batch]
-            ids, padding = _left_padded([ids for ids, _ in segment], self.filler, device)
-            if ids.shape[1]:  # without a token that begins a sequence, nothing precedes the query at 0 shots
-                self._read(prefix, ids, self._slots(table, [images for _, images in segment]), padding)
-            for column in (column for column, (when, _) in enumerate(first.queries) if when == count):
-                asked = prefix.fork()
-                logits = self._read(asked, query, self._slots(table, [(each.queries[column][1],) for each in batch]))
-                scores[:, column] = self._score(asked, logits[:, -1], answers).double().cpu()
-        if normalise == "mean":
-            scores /= answers.lengths.cpu()[:, None]
-        return scores.numpy()
+    def _go_on(self, library: Library, steps: Sequence[tuple[Node, Piece]]) -> list[Node]:
+        """Read a piece on after each node; the nodes where that leads."""
+        reached: dict[int, Node] = {}
+        for number, (batch, prefix) in enumerate(self._batches(steps)):
+            self._read(library, prefix, [steps[step][1] for step in batch])
+            for row, step in enumerate(batch):
+                before, piece = steps[step]
+                reached[step] = Node(before.read.then(piece), prefix, (number, row))
+        return [reached[step] for step in range(len(steps))]
 
-    def _score(self, prompt: Prefix, logits: Tensor, answers: Answers) -> Tensor:
-        """Summed log-likelihood (B, A) of the answers after `prompt`, whose last token gave `logits` (B, V)."""
-        queries, count, length = answers.ids.shape
-        scores = _log_likelihood(logits, answers.ids[:, :, 0])
-        if length == 1:
+    def _batches(self, steps: Sequence[tuple[Node, Piece]]) -> Iterator[tuple[Sequence[int], Prefix]]:
+        """Numbers of steps that one pass can make, of equally many tokens, and what is read before them."""
+        alike = defaultdict(list)
+        for step, (node, piece) in enumerate(steps):
+            alike[len(piece.ids), node.prefix.cache is None].append(step)
+        for group in alike.values():
+            group.sort(key=lambda step: steps[step][0].place)
+            for batch in _split(group, self.batch_size):
+                nodes = [steps[step][0] for step in batch]
+                yield batch, Prefix.join([(node.prefix, node.place[1]) for node in nodes])
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def _score(
+        self, prompt: Prefix, logits: Tensor, answers: Sequence[tuple[tuple[int, ...], ...]]
+    ) -> list[np.ndarray]:
+        """Summed log-likelihoods of each row's answers after `prompt`, whose last token gave `logits` (B, V)."""
+        most = max(map(len, answers), default=0)
+        # All rows' first candidates, then their second ones: the rows of a pass are then often those of the prompt.
+        pairs = [(row, place) for place in range(most) for row, each in enumerate(answers) if place < len(each)]
+        scores = [np.zeros(len(each)) for each in answers]
+        if not pairs:
             return scores
-        at_once = max(1, min(count, CACHED_TOKENS // (queries * prompt.length)))
-        for group in torch.arange(count, device=logits.device).split(at_once):
-            rows = rearrange(answers.ids[:, group], "b a l -> (b a) l")
-            # The last token of an answer is only predicted. Shorter answers are filled up behind: nothing sees that.
-            logits = self._read(prompt.fork(len(group)), rows[:, :-1], keep=length - 1)
-            tokens = rearrange(_log_likelihood(logits, rows[:, 1:, None]), "(b a) l 1 -> b a l", a=len(group))
-            beyond = torch.arange(1, length, device=logits.device) >= answers.lengths[:, group, None]
-            scores[:, group] += tokens.masked_fill(beyond, 0.0).sum(-1)
+        rows = torch.tensor([row for row, _ in pairs], device=logits.device)
+        first = torch.tensor([answers[row][place][0] for row, place in pairs], device=logits.device)
+        logits = _exact(logits)
+        begun = logits[rows, first] - logits.logsumexp(-1)[rows]
+        for (row, place), score in zip(pairs, begun.tolist(), strict=True):
+            scores[row][place] = score
+        longer = [(row, place) for row, place in pairs if len(answers[row][place]) > 1]
+        at_once = len(answers) * max(1, CACHED_TOKENS // (len(answers) * prompt.length))
+        for some in _split(longer, at_once):
+            found = self._score_rests(prompt.pick([row for row, _ in some]), [answers[r][place] for r, place in some])
+            for (row, place), score in zip(some, found, strict=True):
+                scores[row][place] += score
         return scores
 
-    def _read(
-        self, prefix: Prefix, ids: Tensor, media: Tensor | None = None, padding: Tensor | None = None, keep: int = 1
-    ) -> Tensor:
+    def _score_rests(self, prompt: Prefix, answers: Sequence[tuple[int, ...]]) -> list[float]:
+        """Summed log-likelihoods of the tokens of an answer for each row, but for the first."""
+        longest = max(map(len, answers))
+        filled = [[*ids, *[self.filler] * (longest - len(ids))] for ids in answers]
+        ids = torch.tensor(filled, device=self.model.device)
+        # The last token of an answer is only predicted. Shorter answers are filled up behind: nothing sees that.
+        logits = _exact(self._pass(prompt, ids[:, :-1], [()] * len(ids), keep=longest - 1))
+        tokens = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+        lengths = torch.tensor([len(each) for each in answers], device=ids.device)
+        beyond = torch.arange(1, longest, device=ids.device) >= lengths[:, None]
+        summed: list[float] = tokens.masked_fill(beyond, 0.0).sum(-1).tolist()
+        return summed
+
+    def _generate(
+        self, library: Library, prefix: Prefix, whole: Sequence[Piece], max_new_tokens: int, beams: int
+    ) -> list[str]:
+        """Answers to prompts, of each of which all tokens but the last are read."""
+        device, length = self.model.device, prefix.length + 1
+        # What was read goes along, for all that looks at it: marks are counted, repeats may be forbidden.
+        ids = [[self.filler] * (length - len(piece.ids)) + list(piece.ids) for piece in whole]
+        mask = torch.ones(len(whole), length, dtype=torch.long, device=device)
+        if prefix.padding is not None:
+            mask[:, :-1] = prefix.padding
+        slots = [slot for piece in whole for slot in self.store.of(library, piece.media)]
+        cache = (
+            None if prefix.cache is None else prefix.pick([r for r in range(len(whole)) for _ in range(beams)]).cache
+        )
+        found = self.model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=mask,
+            past_key_values=for_beams.cache,
+            media_memory=self.store.memory.select(torch.tensor(slots, dtype=torch.long, device=device)),
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.filler,
+            pad_token_id=self.filler,
+        )
+        return [answer_text(self.processor, row) for row in found[:, length:].tolist()]
+
+    def _read(self, library: Library, prefix: Prefix, pieces: Sequence[Piece]) -> Tensor:
+        """Read a piece on in each row, all of equally many tokens; logits (B, V) of the last, (B, 0) of none."""
+        if not pieces[0].ids:
+            return torch.zeros(len(pieces), 0)
+        ids = torch.tensor([piece.ids for piece in pieces], device=self.model.device)
+        return self._pass(prefix, ids, [self.store.of(library, piece.media) for piece in pieces])[:, -1]
+
+    def _pass(self, prefix: Prefix, ids: Tensor, media: Sequence[tuple[int, ...]], keep: int = 1) -> Tensor:
         """Read `ids` (B, T) on from `prefix`, which moves along; logits (B, keep, V) of the last positions.
 
         Args:
             prefix: what was read before.
             ids: at least one token each.
-            media: (B, N) slots of the media that stand among `ids`.
-            padding: (B, T) 1 for tokens, 0 for padding; only in a first pass.
+            media: of each row, slots of the media that stand among `ids`.
             keep: positions, from the last one back, of which logits are wanted.
         """
         if prefix.cache is not None and ids.shape[1] > 1 and not self.reads_ahead:
-            return self._read_by_token(prefix, ids, media, keep)
-        available = prefix.media if media is None else torch.cat((prefix.media, media), dim=1)
-        is_image = ids == self.model.config.image_token_id
-        last = prefix.media.shape[1] + is_image.long().cumsum(dim=1)
-        mask = positions = None
-        if padding is not None:
-            prefix.padding = padding
-        elif prefix.padding is not None:
-            prefix.padding = torch.cat((prefix.padding, torch.ones_like(ids)), dim=1)
+            return self._pass_by_token(prefix, ids, media, keep)
+        device = ids.device
+        available = [(*before, *new) for before, new in zip(prefix.media, media, strict=True)]
+        counts = [len(each) for each in available]
+        before = torch.tensor([len(each) for each in prefix.media], device=device)
+        last = before[:, None] + (ids == self.model.config.image_token_id).long().cumsum(dim=1)
         if prefix.padding is not None:
-            mask = prefix.padding
-            if self.model.takes_positions:
-                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            prefix.padding = torch.cat((prefix.padding, torch.ones_like(ids)), dim=1)
+        mask, positions = prefix.padding, None
+        if mask is not None and self.model.takes_positions:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        slots = torch.tensor([slot for each in available for slot in each], dtype=torch.long, device=device)
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=prefix.cache,
             use_cache=True,
-            media_memory=self.store.memory.select(available.flatten()),
-            media_per_sample=torch.full((len(ids),), available.shape[1], device=ids.device),
+            media_memory=self.store.memory.select(slots),
+            media_per_sample=torch.tensor(counts, device=device),
+            media_slots=max(counts),
             media_first=last.clamp(max=1) if self.sees_all else last,
             media_last=last,
             logits_to_keep=keep,
         )
         prefix.cache = output.past_key_values
         prefix.length += ids.shape[1]
-        prefix.media = available if self.sees_all else available[:, -1:]
+        prefix.media = available if self.sees_all else [each[-1:] for each in available]
         return output.logits
 
-    def _read_by_token(self, prefix: Prefix, ids: Tensor, media: Tensor | None, keep: int) -> Tensor:
-        """As `_read`, for LMs whose cache goes on by one token at a time only."""
+    def _pass_by_token(self, prefix: Prefix, ids: Tensor, media: Sequence[tuple[int, ...]], keep: int) -> Tensor:
+        """As `_pass`, for LMs whose cache goes on by one token at a time only."""
         logits = []
-        images = [int(count) for count in (ids == self.model.config.image_token_id).sum(dim=0)]
-        seen = 0
-        for position, token in enumerate(ids.split(1, dim=1)):
-            own = media[:, seen : seen + 1] if media is not None and images[position] else None
-            seen += own is not None
-            logits.append(self._read(prefix, token, own))
+        coming = [list(each) for each in media]
+        for token in ids.split(1, dim=1):
+            marks = (token[:, 0] == self.model.config.image_token_id).tolist()
+            own = [(each.pop(0),) if mark else () for mark, each in zip(marks, coming, strict=True)]
+            logits.append(self._pass(prefix, token, own))
         return torch.cat(logits[-keep:], dim=1)
-
-    def _slots(self, table: np.ndarray, images: Sequence[tuple[int, ...]]) -> Tensor:
-        return torch.from_numpy(table[np.array(images, dtype=np.int64)]).to(self.model.device)
 
     def _continues(self) -> bool:
         """Whether the LM's cache goes on right by several tokens at once; that of some families does not."""
         some = [token for token in range(10) if token != self.model.config.image_token_id][:9]
         ids = torch.tensor([some], device=self.model.device)
-        whole, parts = (Prefix(torch.zeros(1, 0, dtype=torch.long, device=ids.device)) for _ in range(2))
-        self._read(parts, ids[:, :-2])
+        whole, parts = Prefix([()]), Prefix([()])
+        self._pass(parts, ids[:, :-2], [()])
         # The last two: so few that both depend on what the cache kept.
-        expected, found = self._read(whole, ids, keep=2), self._read(parts, ids[:, -2:], keep=2)
+        expected, found = self._pass(whole, ids, [()], keep=2), self._pass(parts, ids[:, -2:], [()], keep=2)
         known = expected.isfinite()  # −inf: ids that no token has
         noise = 100 * torch.finfo(expected.dtype).eps * expected[known].abs().max()
         return bool((found - expected)[known].abs().max() <= noise)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Candidate answers of a batch: ids (B, A, L), filled up at the right, and lengths (B, A)."""
-
-    ids: Tensor
-    lengths: Tensor
-
-    @staticmethod
-    def of(answers: Sequence[tuple[tuple[int, ...], ...]], filler: int, device: torch.device) -> Answers:
-        """From the token ids of every query's candidates, as many for each query."""
-        longest = max(len(ids) for each in answers for ids in each)
-        rows = [[[*ids, *[filler] * (longest - len(ids))] for ids in each] for each in answers]
-        lengths = [[len(ids) for ids in each] for each in answers]
-        return Answers(torch.tensor(rows, device=device), torch.tensor(lengths, device=device))
+def answer_text(processor: FlamingoProcessor, ids: Sequence[int]) -> str:
+    """Generated ids up to `<|endofchunk|>` as text, without spaces around it."""
+    end = processor.tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
+    own = ids[: ids.index(end)] if end in ids else ids
+    return processor.decode(own, skip_special_tokens=True).strip()
 
 
-def _chunk(text: str) -> tuple[Segment, ...]:
-    return (Image(b""), Text(text))
-
-
-def _images(encoded: Encoded) -> Iterator[int]:
-    """Pool indices of all pictures of a ladder."""
-    for _, images in encoded.segments:
-        yield from images
-    for _, image in encoded.queries:
-        yield image
-
-
-def _split(group: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
+def _split(group: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (group[start : start + size] for start in range(0, len(group), size))
 
 
-def _left_padded(rows: Sequence[tuple[int, ...]], filler: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """(B, T) ids, and 1 for tokens, 0 for padding; None where nothing is padded."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
-    if all(len(row) == longest for row in rows):
-        return ids, None
-    spare = torch.tensor([longest - len(row) for row in rows], device=device)
-    return ids, (torch.arange(longest, device=device) >= spare[:, None]).long()
-
-
-def _log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-likelihood of `ids` (…, K) under `logits` (…, V); in float32 at least."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+def _exact(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()

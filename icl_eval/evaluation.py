@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Episode, check_shots, draw_episode
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, Prompt, plain, under_control
-from icl_eval.engine import Engine, Ladder
+from icl_eval.engine import Chunk, Engine, Ladder, Query
 from icl_eval.metrics import METRICS, bootstrap_interval
 from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import HELD_OUT, Task, load_task
@@ -33,6 +33,7 @@ SCHEMA = 1
 TIE = 1e-4  # nats: closer scores count as equal, since they may change order with the batch
 PACKAGES = ("flamingo-icl", "torch", "transformers", "tokenizers", "numpy", "pillow")
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with a task's name, and how many of its queries are done and there are (all shots and controls)."""
 
@@ -201,7 +202,7 @@ def evaluate(
     pools = {task.name: _checked_pool(task, controls) for task in prepared}
     results = Results({task.name: task for task in prepared}, [], {task.name: task.seed for task in prepared}, {})
     results.facts = provenance()
-    with _evaluating(model):
+    with evaluating(model):
         engine = Engine(model, processor, batch_size=batch_size)
         for task in prepared:
             start = time.perf_counter()
@@ -236,7 +237,8 @@ def _checked_pool(task: Task, controls: Sequence[str]) -> Pool:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the time being."""
     training = model.training
     model.eval()
     try:
@@ -251,8 +253,7 @@ CellKey = tuple[int, str | None]
 
 
 def _run_task(engine: Engine, task: Task, pool: Pool, controls: Sequence[str], progress: Progress | None) -> list[Cell]:
-    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if _distributed() else (0, 1)
-    episodes = [draw_episode(task, pool, task.seed, number) for number in range(rank, task.episodes, ranks)]
+    episodes = [draw_episode(task, pool, task.seed, number) for number in share(task.episodes)]
     asked: list[CellKey] = [(count, None) for count in task.shots]
     if any(task.shots):
         asked += [(CONTROL_SHOTS, control) for control in controls]
@@ -275,7 +276,7 @@ def _run_task(engine: Engine, task: Task, pool: Pool, controls: Sequence[str], p
         for column, key in enumerate(keys):
             rows = zip(episodes, prompts, scores, strict=True)
             found[key] = [_outcome(task, pool, episode, row[column], each[column]) for episode, row, each in rows]
-    return [_cell(task, key, _gathered(found[key])) for key in asked]
+    return [_cell(task, key, gathered(found[key], lambda outcome: outcome.query_id)) for key in asked]
 
 
 def _sharing_demonstrations(asked: Sequence[CellKey]) -> list[list[CellKey]]:
@@ -291,18 +292,17 @@ def _prompt(episode: Episode, key: CellKey, seed: int) -> Prompt:
 
 def _ladder(task: Task, episode: Episode, prompts: Sequence[Prompt]) -> Ladder:
     longest = prompts[-1]  # they come in order of their shots
+    shown = zip(longest.images, longest.labels, strict=True)
+    answers = tuple(task.answer_text(name).removeprefix(task.prompt_text) for name in episode.names)
     return Ladder(
-        longest.images,
-        tuple(map(task.answer_text, longest.labels)),
-        tuple((len(prompt.images), prompt.query) for prompt in prompts),
-        task.prompt_text,
-        tuple(map(task.answer_text, episode.names)),
+        tuple(Chunk((image, task.answer_text(label))) for image, label in shown),
+        tuple(Query(len(prompt.images), Chunk((prompt.query, task.prompt_text)), answers) for prompt in prompts),
         episode.query_id,
     )
 
 
 def _outcome(task: Task, pool: Pool, episode: Episode, prompt: Prompt, scores: np.ndarray) -> Outcome:
-    best = scores >= scores.max() - TIE
+    prediction, tied = decide(scores)
     demonstrations = tuple(pool.items[index].id for index in prompt.images)
     query = pool.items[prompt.query].id
     rendered = "".join(f"<image>{task.answer_text(label)}<|endofchunk|>" for label in prompt.labels)
@@ -315,8 +315,8 @@ def _outcome(task: Task, pool: Pool, episode: Episode, prompt: Prompt, scores: n
         candidates=prompt.candidates,
         scores=tuple(scores.tolist()),
         target=episode.target,
-        prediction=int(best.argmax()),
-        tied=bool(best.sum() > 1),
+        prediction=prediction,
+        tied=tied,
         prompt=hashlib.sha256(shown.encode()).hexdigest()[:16],
     )
 
@@ -329,17 +329,32 @@ def _cell(task: Task, key: CellKey, outcomes: list[Outcome]) -> Cell:
     return Cell(task.name, key[0], key[1], float(values.mean()), interval, ties, tuple(outcomes))
 
 
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+# -- what every evaluation has in common -------------------------------------------------------------------------------
 
 
-def _gathered(own: list[Outcome]) -> list[Outcome]:
-    """The outcomes of all ranks, in order of the queries."""
+def decide(scores: np.ndarray) -> tuple[int, bool]:
+    """The first of the candidates whose scores are at most `TIE` below the best, and whether there are several."""
+    best = scores >= scores.max() - TIE
+    return int(best.argmax()), bool(best.sum() > 1)
+
+
+def share(count: int) -> range:
+    """Which of `count` queries are this rank's."""
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if _distributed() else (0, 1)
+    return range(rank, count, ranks)
+
+
+def gathered(own: list[T], place: Callable[[T], Any]) -> list[T]:
+    """The outcomes of all ranks, in order of `place`."""
     if not _distributed():
         return own
-    shares: list[list[Outcome]] = [[] for _ in range(distributed.get_world_size())]
+    shares: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(shares, own)
-    return sorted((outcome for share in shares for outcome in share), key=lambda outcome: outcome.query_id)
+    return sorted((outcome for share in shares for outcome in share), key=place)
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 # -- where results come from -------------------------------------------------------------------------------------------

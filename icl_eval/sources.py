@@ -45,6 +45,14 @@ class Pool:
             by_kind[item.kind].append(index)
         object.__setattr__(self, "by_kind", {kind: tuple(indices) for kind, indices in by_kind.items()})
 
+    def name(self, index: int) -> str:
+        """Id of the picture at an index (`icl_eval.engine.Library`)."""
+        return self.items[index].id
+
+    def media(self, indices: Sequence[int]) -> list[Image]:
+        """The pictures at some indices (`icl_eval.engine.Library`)."""
+        return self.images(indices)
+
     def label(self, kind: str) -> str | None:
         """The fixed name of a class, None where it has none."""
         return self.items[self.by_kind[kind][0]].label

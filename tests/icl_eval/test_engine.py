@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
-from flamingo import Document, FlamingoError, FlamingoProcessor, Text
-from icl_eval.engine import Engine, Ladder
+from flamingo import FlamingoError, FlamingoProcessor, Video
+from icl_eval import plain
+from icl_eval.engine import Chunk, Engine, Ladder, Query
 from icl_eval.sources import Item, Pool
 from tests.icl_eval.conftest import lively_flamingo
 from tests.tiny import picture
@@ -30,34 +29,13 @@ def ladders(prompt="", names=NAMES):
     rng = np.random.default_rng(1)
     made = []
     for number in range(3):
-        images = tuple(rng.permutation(12)[:4].tolist())
+        images = rng.permutation(12)[:4].tolist()
         labels = [names[(number + place) % len(names)] for place in range(3)]
-        queries = ((0, images[3]), (1, images[3]), (3, images[3]), (3, images[0]))
-        texts = tuple(f"{prompt}{label}" for label in labels)
-        made.append(Ladder(images[:3], texts, queries, prompt, tuple(f"{prompt}{name}" for name in names), str(number)))
+        shown = tuple(Chunk((image, f"{prompt}{label}")) for image, label in zip(images, labels, strict=False))
+        asked = ((0, images[3]), (1, images[3]), (3, images[3]), (3, images[0]))
+        queries = tuple(Query(after, Chunk((image, prompt)), names) for after, image in asked)
+        made.append(Ladder(shown, queries, str(number)))
     return made
-
-
-@torch.no_grad()
-def plainly(model, processor, pool, ladder, normalise="sum"):
-    """Each candidate appended to its prompt as one document, in one forward without a cache."""
-    scores = []
-    for count, query in ladder.queries:
-        shown = pool.images([*ladder.images[:count], query])
-        before = [part for pair in zip(shown, map(Text, ladder.texts[:count]), strict=False) for part in pair]
-        prompt = Document((*before, shown[-1], Text(ladder.prompt)), complete=False)
-        start = len(processor.encode(prompt).input_ids)
-        encodings = [processor.encode(Document((*before, shown[-1], Text(answer)))) for answer in ladder.answers]
-        batch = processor.collate(encodings)
-        batch.pop("labels")
-        likelihood = model(**batch).logits.log_softmax(-1)
-        row = []
-        for encoding, each in zip(encodings, likelihood, strict=True):
-            tokens = torch.tensor(encoding.input_ids[start:])
-            picked = each[start - 1 : start - 1 + len(tokens)].gather(1, tokens[:, None])
-            row.append(float(picked.sum() if normalise == "sum" else picked.mean()))
-        scores.append(row)
-    return np.array(scores)
 
 
 @pytest.mark.parametrize("media_attention", ["previous", "all"])
@@ -67,10 +45,10 @@ def test_scores_equal_the_plain_way(family, media_attention, pool, tmp_path):
     model, processor = lively_flamingo(tmp_path, family, media_attention=media_attention)
     for prompt in ("", "a: "):
         made = ladders(prompt)
-        expected = [plainly(model, processor, pool, ladder) for ladder in made]
+        expected = [plain.rank(model, processor, pool, ladder) for ladder in made]
         assert np.ptp(expected[0]) > 1  # scores tell candidates apart,
         assert np.abs(expected[0][2] - expected[0][3]).max() > 1e-2  # and pictures of the query
-        for batch_size in (1, 8):  # 8: lengths differ, so prompts are read alone and padded
+        for batch_size in (1, 8):  # 8: lengths differ, so caches are joined
             found = Engine(model, processor, batch_size=batch_size).rank(pool, made)
             np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
@@ -80,7 +58,7 @@ def test_a_tokenizer_without_a_beginning(pool, tmp_path):
     model, processor = lively_flamingo(tmp_path, "llama")
     processor.tokenizer.bos_token = None
     made = ladders(names=EQUAL)
-    expected = [plainly(model, processor, pool, ladder) for ladder in made]
+    expected = [plain.rank(model, processor, pool, ladder) for ladder in made]
     np.testing.assert_allclose(Engine(model, processor).rank(pool, made), expected, atol=1e-5, rtol=0)
 
 
@@ -88,7 +66,7 @@ def test_equal_lengths_share_their_prefix(flamingo, pool, monkeypatch):
     """Demonstrations read again for each shot count: right scores, but twice the time."""
     model, processor = flamingo
     made = ladders(names=EQUAL)
-    expected = [plainly(model, processor, pool, ladder) for ladder in made]
+    expected = [plain.rank(model, processor, pool, ladder) for ladder in made]
     engine = Engine(model, processor)
     read = []
     forward = model.forward
@@ -144,7 +122,7 @@ def test_mean_divides_by_the_tokens_of_the_answer(flamingo, pool):
     """`normalise: mean` over the longest candidate's length, or over label tokens without the end of chunk."""
     model, processor = flamingo
     made = ladders()
-    expected = [plainly(model, processor, pool, ladder, "mean") for ladder in made]
+    expected = [plain.rank(model, processor, pool, ladder, normalise="mean") for ladder in made]
     np.testing.assert_allclose(Engine(model, processor).rank(pool, made, normalise="mean"), expected, atol=1e-5, rtol=0)
 
 
@@ -158,7 +136,7 @@ def test_a_small_store_gives_the_same_scores(flamingo, pool):
     np.testing.assert_allclose(engine.rank(pool, made), expected, atol=1e-5, rtol=0)
     assert len(engine.store.memory) <= 5
     engine.store.capacity = 3
-    with pytest.raises(FlamingoError, match="holds 3 pictures, but a query alone needs 4"):
+    with pytest.raises(FlamingoError, match="holds 3 media, but a query alone needs 4"):
         engine.rank(pool, made)
 
 
@@ -172,7 +150,7 @@ def test_a_picture_is_encoded_once_a_run(flamingo, pool, monkeypatch):
     made = ladders()
     engine.rank(pool, made)
     engine.rank(pool, made)
-    assert sum(encoded) == len({image for each in made for image in (*each.images, each.queries[0][1])})
+    assert sum(encoded) == len(set().union(*(each.media for each in made)))
 
 
 def test_a_prompt_that_is_no_prefix_is_refused(flamingo, pool):
@@ -184,7 +162,7 @@ def test_a_prompt_that_is_no_prefix_is_refused(flamingo, pool):
     merging.add_special_tokens({"additional_special_tokens": ["<image>", "<|endofchunk|>"]})
     engine = Engine(model, processor)
     engine.processor = FlamingoProcessor(processor.image_processor, merging)
-    ladder = dataclasses.replace(ladders("b")[0], answers=("bado", "bnili"))
+    ladder = ladders("b", names=("ado", "nili"))[0]
     with pytest.raises(FlamingoError, match=r"prompt 'b' are no prefix of those of prompt and answer 'bado'"):
         engine.rank(pool, [ladder])
 
@@ -192,13 +170,153 @@ def test_a_prompt_that_is_no_prefix_is_refused(flamingo, pool):
 def test_a_tokenizer_that_joins_chunks_is_refused(flamingo, pool, monkeypatch):
     """Chunks are tokenised alone; where a row of them gives other tokens, the model would be asked something else."""
     engine = Engine(*flamingo)
-    chunk = engine.chunk
-    monkeypatch.setattr(
-        engine,
-        "chunk",
-        lambda text, complete=True: (*chunk(text, complete=complete)[:1], 5, *chunk(text, complete=complete)[1:]),
-    )
+    tokens = engine.tokens
+    monkeypatch.setattr(engine, "tokens", lambda *given: (*tokens(*given)[:1], 5, *tokens(*given)[1:]))
     with pytest.raises(
         FlamingoError, match=r"0: the tokenizer reads a chunk differently alone and in a row .first at token 2"
     ):
         engine.rank(pool, ladders()[:1])
+
+
+# -- chunks of any media and texts -------------------------------------------------------------------------------------
+
+QUESTIONS = ("what is it?", "same or not", "tell the whole story", "and then?")
+CANDIDATES = (("bado", "nili", "pu"), ("yes", "no"), ("a b c", "a b d", "a", "zozozo"), ("pu",))
+
+
+class Drawer:
+    """Twenty-four media: pictures, and videos of two and of three frames."""
+
+    def name(self, index):
+        return f"drawer/{index}"
+
+    def media(self, indices):
+        return [self._medium(index) for index in indices]
+
+    @staticmethod
+    def _medium(index):
+        if index % 4 < 2:
+            return picture(index)
+        return Video(tuple(picture(100 * index + frame) for frame in range(index % 4)))
+
+
+def chunk(rng, text):
+    """None to three media of different kinds, text before them now and then."""
+    media = rng.integers(24, size=rng.integers(4)).tolist()
+    lead = (["so: "] if rng.random() < 0.3 else []) if media else []
+    return Chunk((*lead, *media, text))
+
+
+def mixture(count=7, seed=0):
+    """Ladders of different questions and examples; some begin alike, every third has a query of other media."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        own = np.random.default_rng(number // 2)  # two begin with the same examples
+        examples = tuple(chunk(own, f"{QUESTIONS[own.integers(4)]} {'la' * own.integers(1, 4)}") for _ in range(3))
+        kind = int(rng.integers(4))
+        afters = [(0, 1, 3), (2,), (3, 0)][number % 3]
+        queries = [Query(after, chunk(rng, f"{QUESTIONS[kind]} "), CANDIDATES[kind]) for after in afters]
+        made.append(Ladder(examples, tuple(queries), f"mixture/{number}"))
+    return made
+
+
+def assert_close(found, expected, atol):
+    assert [len(row) for row in found] == [len(row) for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("family, media_attention", [("lfm2", "previous"), ("lfm2", "all"), ("llama", "all")])
+@pytest.mark.parametrize("precision, atol", [("float", 1e-5), ("double", 1e-10)])
+def test_any_chunks_equal_the_plain_way(family, media_attention, precision, atol, tmp_path):
+    """Rows whose caches are joined wrongly, media of other frames mixed up, a query that sees another's media."""
+    model, processor = lively_flamingo(tmp_path, family, media_attention=media_attention)
+    model = getattr(model, precision)()
+    made, drawer = mixture(), Drawer()
+    expected = [plain.rank(model, processor, drawer, ladder) for ladder in made]
+    for batch_size in (1, 3, 8):
+        found = Engine(model, processor, batch_size=batch_size).rank(drawer, made)
+        assert_close(found, expected, atol)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "mpt", "bloom", "opt"])
+def test_other_families_join_their_caches(family, tmp_path):
+    """Windows of attention shorter than a prompt, learned positions, alibi: each counts padding in a way of its own."""
+    model, processor = lively_flamingo(tmp_path, family)
+    made, drawer = mixture(5), Drawer()
+    expected = [plain.rank(model, processor, drawer, ladder) for ladder in made]
+    assert_close(Engine(model, processor, batch_size=8).rank(drawer, made), expected, 2e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generations_equal_the_plain_way(flamingo, beams):
+    """A beam that goes on from another row's cache, a prompt whose last token is read twice, text beyond the end."""
+    model, processor = flamingo
+    made, drawer = mixture(), Drawer()
+    expected = [plain.generate(model, processor, drawer, ladder, max_new_tokens=6, beams=beams) for ladder in made]
+    assert len({text for row in expected for text in row}) > 5
+    for batch_size in (1, 3, 8):
+        engine = Engine(model, processor, batch_size=batch_size)
+        assert engine.generate(drawer, made, max_new_tokens=6, beams=beams) == expected
+
+
+def test_generation_stops_at_the_end_of_the_chunk(tmp_path):
+    """Answers that run on into a next chunk, or one that keeps the marks."""
+    model, processor = lively_flamingo(tmp_path, "llama")
+    end = model.config.end_of_chunk_token_id
+    with torch.no_grad():
+        model.new_output_rows[model.row_of[end]] *= 3
+    engine = Engine(model, processor)
+    found = engine.generate(Drawer(), mixture(), max_new_tokens=12)
+    assert found == [plain.generate(model, processor, Drawer(), each, max_new_tokens=12) for each in mixture()]
+    lengths = {len(text) for row in found for text in row}
+    assert min(lengths) < 12
+    assert not any("<" in text and "endofchunk" in text for row in found for text in row)
+
+
+def test_what_ladders_have_in_common_is_read_once(flamingo, monkeypatch):
+    """Demonstrations shared by many queries read for each of them; media of one length encoded one by one."""
+    model, processor = flamingo
+    examples = mixture(1)[0].demonstrations
+    made = [
+        Ladder(examples, (Query(3, Chunk((number, f"{'ha' * number} ")), ("bado", "pu")),), str(number))
+        for number in range(1, 7)
+    ]
+    engine = Engine(model, processor)
+    rows, encoded = [], []
+    forward, encode = model.forward, model.encode_media
+    monkeypatch.setattr(model, "forward", lambda **given: (rows.append(given["input_ids"].shape), forward(**given))[1])
+    monkeypatch.setattr(model, "encode_media", lambda pixels: (encoded.append(pixels.shape[:2]), encode(pixels))[1])
+    engine.rank(Drawer(), made)
+    longest = max(length for _, length in rows)
+    assert [count for count, length in rows if length == longest] == [1]
+    needed = set().union(*(ladder.media for ladder in made))
+    assert sorted(frames for _, frames in encoded) == sorted({len(m.frames) if isinstance(m, Video) else 1
+                                                              for m in Drawer().media(sorted(needed))})  # fmt: skip
+    assert sum(count for count, _ in encoded) == len(needed)
+
+
+def test_questions_of_one_length_share_their_passes(flamingo, monkeypatch):
+    """Prompts read one by one because what came before them differs in length."""
+    model, processor = flamingo
+    made = [
+        Ladder((Chunk((n, "ha" * n)),), (Query(1, Chunk((n, "so? ")), ("bado", "pu")),), str(n)) for n in range(1, 7)
+    ]
+    engine = Engine(model, processor)
+    rows = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: (rows.append(len(given["input_ids"])), forward(**given))[1])
+    engine.rank(Drawer(), made)
+    assert rows == [1] * 6 + [6, 12]  # six demonstrations; all queries; their candidates
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"max_new_tokens": 0}, "max_new_tokens: 0"), ({"max_new_tokens": 2, "beams": 0}, "beams: 0")],
+)
+def test_generation_refuses_nonsense(flamingo, arguments, message):
+    """Settings that transformers would only stumble over."""
+    with pytest.raises(FlamingoError, match=f"{message}, expected at least 1"):
+        Engine(*flamingo).generate(Drawer(), mixture(1), **arguments)
