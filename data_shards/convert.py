@@ -485,7 +485,7 @@ def _drop_kept_images(place: str, reason: str, number: int, account: Account) ->
 
 
 def _check_faultless(account: Account) -> None:
-    """Raise FlamingoError for the first fault in the account of a record: an image before the document that lacks it."""
+    """Raise FlamingoError for the first fault in the account of a record: of an image before that of its document."""
     for reason, places in account.examples.items():
         if reason in account.faults:
             raise FlamingoError(f"{places[0]} ({reason})")

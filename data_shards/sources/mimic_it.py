@@ -95,7 +95,7 @@ _KEYS = ("mimicit_path", "images_path", "train_config_path", "num_samples", "tas
 
 
 def subset_of(name: str) -> str:
-    """The subset that a dataset's name begins with, the longest one.
+    """The subset that a dataset's name begins with, the longest one; upper and lower case are the same.
 
     Raises:
         FlamingoError: where it begins with none.
@@ -159,9 +159,7 @@ class MimicItReader:
             return
         if not self.name:
             object.__setattr__(self, "name", Path(self.input).stem.removesuffix("_instructions"))
-        if self.subset and self.subset.upper() not in SUBSETS:
-            raise FlamingoError(f"subset {self.subset}: expected one of {', '.join(SUBSETS)}")
-        object.__setattr__(self, "subset", self.subset.upper() or subset_of(self.name))
+        object.__setattr__(self, "subset", subset_of(self.subset or self.name))
         if self.assembly.shown != "none" and not self.images:
             raise FlamingoError(f"{self.name}: expected images, which {self.subset} shows (option images, in a mixture "
                                 "images_path)")  # fmt: skip
