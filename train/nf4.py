@@ -30,10 +30,13 @@ class Linear4(Linear4bit):
             made.weight = weight.to(device)
             made.weight.module = made
         made.bias = linear.bias
+        made.support_avx512bf16_for_cpu = False  # evaluations would pack the weight anew, for good, and round it
         return made
 
     def unpacked(self) -> Tensor:
         """The weight (outputs, inputs) in float32, as products see it but for the rounding to their precision."""
+        if self.weight.is_meta:
+            return torch.empty(self.out_features, self.in_features, device="meta")
         return dequantize_4bit(self.weight.data, self.weight.quant_state).float()
 
     def unpacked_linear(self) -> nn.Linear:

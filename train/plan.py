@@ -201,9 +201,24 @@ def without_weights(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, F
     """
     options: dict[str, Any] = dict(vars(recipe.model))
     train_new_tokens = options.pop("train_new_tokens")
-    code = {"trust_remote_code": options.pop("trust_remote_code")}
+    model, processor = outline_of_backbones(**options)
+    for rows in (model.new_input_rows, model.new_output_rows):
+        if rows is not None:
+            rows.requires_grad_(train_new_tokens)
+    return model, processor
+
+
+def outline_of_backbones(
+    vision: str, language: str, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """As `flamingo.from_backbones`, but on the meta device.
+
+    Raises:
+        FlamingoError: as `without_weights`.
+    """
+    code = {"trust_remote_code": trust_remote_code}
     new: dict[str, Any] = {"dtype": torch.float32, **code}
-    vision, language = (backbone_path(options.pop(part)) for part in ("vision", "language"))
+    vision, language = backbone_path(vision), backbone_path(language)
     with reading(vision), torch.device("meta"):
         config = AutoConfig.from_pretrained(vision, **code)
         tower = AutoModel.from_config(getattr(config, "vision_config", config), **new)
@@ -212,11 +227,7 @@ def without_weights(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, F
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language, **code), **new)
         tokenizer = AutoTokenizer.from_pretrained(language, **code)
     with torch.device("meta"):
-        model, processor = assemble(tower, lm, image_processor, tokenizer, **options)
-    for rows in (model.new_input_rows, model.new_output_rows):
-        if rows is not None:
-            rows.requires_grad_(train_new_tokens)
-    return model, processor
+        return assemble(tower, lm, image_processor, tokenizer, **options)
 
 
 @contextmanager
