@@ -270,9 +270,12 @@ def _example(item: Any, file: Path, where: str, frames: int) -> Turn:
     images = item.get("images", [item["image"]] if "image" in item else [])
     if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
         raise FlamingoError(f"{where}: images: expected a list of paths, got {images!r}")
-    media: list[Medium] = [_read_image(file.parent / Path(path).expanduser()) for path in images]
-    if "video" in item:
-        media.append(read_video(file.parent / Path(item["video"]).expanduser(), frames))
+    try:
+        media: list[Medium] = [_read_image(file.parent / Path(path).expanduser()) for path in images]
+        if "video" in item:
+            media.append(read_video(file.parent / Path(item["video"]).expanduser(), frames))
+    except FlamingoError as error:
+        raise FlamingoError(f"{where}: {error}") from error
     return Turn(item["question"], item["answer"], tuple(media), key=where)
 
 
