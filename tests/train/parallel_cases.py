@@ -11,9 +11,9 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from flamingo import FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
+from flamingo import (
+    Document,
+    FlamingoError,
+    FlamingoForConditionalGeneration,
+    FlamingoProcessor,
+    Image,
+    Video,
+    from_backbones,
+)
 from tests.tiny import document
 from train import loop
 from train.checkpoint import TrainingState
@@ -56,6 +64,8 @@ class Case:
     offload: bool = False
     vision: bool = False
     """whether the tower trains too"""
+    videos: bool = False
+    """whether the second process has videos, of different lengths, while the first has images"""
 
     @property
     def name(self) -> str:
@@ -76,6 +86,8 @@ QUICK = [
     Case("lfm2", "fsdp", True, 4, "float64"),
     Case("llama", "ddp", False, 1, "float64", vision=True),
     Case("llama", "fsdp", True, 4, "float64", vision=True),
+    Case("llama", "ddp", False, 1, "float64", videos=True),
+    Case("llama", "fsdp", True, 4, "float64", vision=True, videos=True),
 ]
 CASES = {"quick": QUICK, "full": FULL}
 
@@ -88,7 +100,9 @@ class Runs:
         self.built = cache(self._build)
         self.alone = cache(self._alone)
 
-    def _build(self, family: str, vision: bool = False) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    def _build(
+        self, family: str, vision: bool = False, videos: bool = False
+    ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
         shape = dict(cross_attention_heads=2, cross_attention_head_dim=8, resampler_depth=1, resampler_latents=4,
                      resampler_heads=2, resampler_head_dim=8)  # fmt: skip
         torch.manual_seed(0)
@@ -96,6 +110,7 @@ class Runs:
             self.backbones / family / "vision",
             self.backbones / family / "language",
             freeze_vision=not vision,
+            resampler_max_frames=3 * videos,
             **shape,
         )
         with torch.no_grad():
@@ -105,16 +120,25 @@ class Runs:
         return model, processor
 
     def state(
-        self, family: str, dtype: str, recipe: ParallelRecipe, group: Processes, *, vision: bool = False
+        self,
+        family: str,
+        dtype: str,
+        recipe: ParallelRecipe,
+        group: Processes,
+        *,
+        vision: bool = False,
+        videos: bool = False,
     ) -> tuple[TrainingState, nn.Module]:
         """A fresh model, made parallel, with its optimizer."""
-        model = copy.deepcopy(self.built(family, vision)[0]).to(getattr(torch, dtype))
+        model = copy.deepcopy(self.built(family, vision, videos)[0]).to(getattr(torch, dtype))
         prepared = prepare(model, recipe, group)
         optimizer = build_optimizer(model, OPTIMIZER)
         faults = Faults(group, Path(), 1.0)
         return TrainingState(model, optimizer, build_schedule(optimizer, OPTIMIZER, STEPS), faults), prepared.train()
 
-    def micro_batches(self, family: str, step: int, rank: int, accumulation: int) -> list[BatchFeature]:
+    def micro_batches(
+        self, family: str, step: int, rank: int, accumulation: int, *, videos: bool = False
+    ) -> list[BatchFeature]:
         """Those of one of two processes: four documents of two sources, at times without any medium.
 
         Where media are missing texts are short, so that supervised tokens are spread unevenly too.
@@ -123,6 +147,8 @@ class Runs:
         documents = [
             document(8000 + 100 * step + 10 * rank + number, 0 if text_only else 1 + number % 3) for number in range(4)
         ]
+        if videos and rank == 1:
+            documents = list(map(moving, documents))
         size = 4 // accumulation
         batches = []
         for start in range(0, 4, size):
@@ -158,13 +184,17 @@ class Runs:
             updates.append(loop.update_parameters(state, meter, OPTIMIZER.clip, group))
         return gradients, updates
 
-    def _alone(self, family: str, dtype: str, vision: bool = False) -> tuple[list[dict[str, Tensor]], list[Update]]:
+    def _alone(
+        self, family: str, dtype: str, vision: bool = False, videos: bool = False
+    ) -> tuple[list[dict[str, Tensor]], list[Update]]:
         """The same training in one process, of all micro-batches."""
-        state, prepared = self.state(family, dtype, ParallelRecipe(), ALONE, vision=vision)
+        state, prepared = self.state(family, dtype, ParallelRecipe(), ALONE, vision=vision, videos=videos)
         return self.train(
             state,
             prepared,
-            lambda step: [batch for rank in (0, 1) for batch in self.micro_batches(family, step, rank, 1)],
+            lambda step: [
+                batch for rank in (0, 1) for batch in self.micro_batches(family, step, rank, 1, videos=videos)
+            ],
             ALONE,
         )
 
@@ -175,14 +205,16 @@ class Runs:
             activation_checkpointing=case.checkpointing,
             cpu_offload=case.offload,  # type: ignore[arg-type]
         )
-        state, prepared = self.state(case.family, case.dtype, recipe, self.group, vision=case.vision)
+        state, prepared = self.state(
+            case.family, case.dtype, recipe, self.group, vision=case.vision, videos=case.videos
+        )
         gradients, updates = self.train(
             state,
             prepared,
-            lambda step: self.micro_batches(case.family, step, self.group.rank, case.accumulation),
+            lambda step: self.micro_batches(case.family, step, self.group.rank, case.accumulation, videos=case.videos),
             self.group,
         )
-        reference, alone = self.alone(case.family, case.dtype, case.vision)
+        reference, alone = self.alone(case.family, case.dtype, case.vision, case.videos)
         worst, culprit = max(
             (far(found[name], wanted[name], largest(wanted)), name)
             for found, wanted in zip(gradients, reference, strict=True)
@@ -197,6 +229,13 @@ class Runs:
             "read": all((one.tokens, one.images) == (other.tokens, other.images) for one, other in pairs),
             "learns": alone[0].loss - alone[-1].loss,
         }
+
+
+def moving(still: Document) -> Document:
+    """The same with a video in place of each picture: of two, three and five frames, more than have embeddings."""
+    frames = cycle((2, 3, 5))
+    segments = (Video((part,) * next(frames)) if isinstance(part, Image) else part for part in still.segments)
+    return replace(still, segments=tuple(segments))
 
 
 def far(found: Tensor, wanted: Tensor, most: float) -> float:
