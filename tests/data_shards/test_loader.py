@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.sequences import Sequences
 from data_shards.shards import open_shards, write_shards
-from flamingo import Document, FlamingoError, FlamingoProcessor, Image, Text
+from flamingo import Document, FlamingoError, FlamingoProcessor, Image, Text, Video
 from tests.tiny import document, picture, tiny_flamingo
 
 
@@ -168,6 +168,42 @@ def test_batches_carry_their_tensors_and_sources(data: MicroBatches) -> None:
         ]
         again = data[number]
         assert all(torch.equal(batch[name], again[name]) for name in ("input_ids", "labels", "pixel_values"))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_images_videos_and_texts_share_a_micro_batch(tmp_path: Path, packing: bool) -> None:
+    """Catches a mixture whose first batch of media with different numbers of frames ends the run, or whose frames are
+    those of another document.
+    """
+    model, processor = tiny_flamingo(tmp_path, resampler_max_frames=4, packing=packing)
+    sources, whole = [], {}
+    for number, (name, frames) in enumerate({"images": 1, "pairs": 2, "films": 8, "texts": 0}.items()):
+        film = tuple(picture(100 * number + n) for n in range(frames))
+        medium = () if not frames else film if frames == 1 else (Video(film),)
+        documents = [Document((*medium, Text(f"a text {n}")), f"{name}{n}") for n in range(4)]
+        whole |= {each.key: each for each in documents}
+        write_shards(iter(documents), tmp_path / name)
+        sources.append(Source(name, open_shards(tmp_path / name)))
+    sequences = Sequences(processor, max_tokens=80, flip=0.5, packing=packing)
+    data = MicroBatches(sources, sequences, micro_batch=8, seed=0)
+    lengths = set()
+    for batch in rank_batches(data, batch=8, start_step=0, steps=4, workers=1):
+        assert not batch.pop("faults")
+        media = [medium for key in batch.pop("keys") for medium in whole[key].media]
+        frames = processor.media_frames(media)
+        assert frames is not None and torch.equal(batch["media_frames"], frames)
+        assert batch["pixel_values"].shape == (int(frames.sum()), 1, 3, 16, 16)
+        pixels = processor.pixels(media)
+        flipped = torch.stack(
+            [(batch["pixel_values"] - each).flatten(1).abs().amax(1) for each in (pixels, pixels.flip(4))]
+        )
+        assert flipped.amin(0).max() < 1e-6
+        lengths |= set(frames.tolist())
+        batch.pop("sources")
+        model.train()(**batch).loss.backward()
+    assert lengths == {1, 2, 8}
+    embeddings = model.resampler.frame_embeddings
+    assert embeddings is not None and embeddings.grad is not None and embeddings.grad.abs().amin() > 0
 
 
 def test_uneven_batches_are_refused(data: MicroBatches) -> None:
