@@ -269,12 +269,18 @@ def training_questions(kind: str) -> tuple[str, ...]:
     return QUESTIONS[kind][:-UNSEEN_WORDINGS]
 
 
+def held_out_questions(kind: str) -> tuple[str, ...]:
+    """The wordings of a question that no training may use."""
+    return QUESTIONS[kind][-UNSEEN_WORDINGS:]
+
+
 def story(names: Sequence[str]) -> str:
     """A short story of the things seen, in order."""
-    if len(names) == 1:
-        return f"there is a {names[0]}."
-    middle = "".join(f" then a {name} comes." for name in names[1:-1])
-    return f"first there is a {names[0]}.{middle} the last is a {names[-1]}."
+    seen = [f"{'an' if name[0] in VOWELS else 'a'} {name}" for name in names]
+    if len(seen) == 1:
+        return f"there is {seen[0]}."
+    middle = "".join(f" then {each} comes." for each in seen[1:-1])
+    return f"first there is {seen[0]}.{middle} the last is {seen[-1]}."
 
 
 # ------------------------------------------------------------------------------------------------------ text world
