@@ -1,8 +1,10 @@
 """Metrics, by the name that tasks give.
 
 `METRICS[name](predictions, targets)` gives one value for each query of a cell where there is one; `.score(…)` gives all
-figures with 95 % intervals and says how they came about. "captions" is "cider" and METEOR, which runs Java. Reading order: bootstrap.py, metric.py, classification.py,
-tokenizer.py, captions.py, vqa.py, stems.py, hallucination.py.
+figures with 95 % intervals and says how they came about. "captions" is "cider" and METEOR, for which it runs Java.
+
+Reading order: bootstrap.py, metric.py, classification.py, tokenizer.py, captions.py, stems.py, vqa.py,
+hallucination.py.
 """
 
 from icl_eval.metrics.bootstrap import bootstrap_interval, over_seeds

@@ -56,8 +56,11 @@ def bootstrap(
 
     Resamples in which a figure is undefined (an AUC of one class alone) do not count towards its interval.
     """
-    member = np.arange(queries) if groups is None else np.unique(_labels(groups, queries), return_inverse=True)[1]
-    rows = [figures(weights[:, member]) for weights in draws(int(member.max()) + 1, resamples=resamples, seed=seed)]
+    if groups is None:
+        rows = [figures(weights) for weights in draws(queries, resamples=resamples, seed=seed)]
+    else:
+        member = np.unique(_labels(groups, queries), return_inverse=True)[1]
+        rows = [figures(weights[:, member]) for weights in draws(int(member.max()) + 1, resamples=resamples, seed=seed)]
     tail = (1 - level) / 2
     return np.nanquantile(np.concatenate(rows), [tail, 1 - tail], axis=0).T
 
