@@ -143,8 +143,10 @@ def _json_records(part: str) -> Iterator[Record]:
     """
     try:
         with Path(part).open("rb") as file:
-            for number, row in enumerate(ijson.items(file, "item", use_float=True), 1):
-                yield Record(f"{part}:{number}", Row(part, row if isinstance(row, dict) else json.dumps(row).encode()))
+            for number, row in enumerate(ijson.items(file, "item"), 1):
+                yield Record(
+                    f"{part}:{number}", Row(part, row if isinstance(row, dict) else json.dumps(plain(row)).encode())
+                )
     except (ijson.JSONError, OSError, ValueError) as error:
         raise FlamingoError(f"{part}: expected a JSON list of conversations ({error})") from error
 

@@ -183,7 +183,7 @@ def _members(path: str, prefix: str) -> Iterator[tuple[str, Any]]:
     """The members of an object in a JSON file, one by one."""
     try:
         with Path(path).open("rb") as file:
-            yield from ijson.kvitems(file, prefix, use_float=True)
+            yield from ijson.kvitems(file, prefix)
     except (ijson.JSONError, OSError, ValueError) as error:
         raise FlamingoError(f"{path}: expected a JSON object ({error})") from error
 

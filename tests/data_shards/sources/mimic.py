@@ -26,21 +26,29 @@ def pictures(*ids: str) -> dict[str, str]:
     return {key: base64_of(number) for number, key in enumerate(ids)}
 
 
-def write_instructions(folder: Path, name: str, data: Mapping[str, Any]) -> Path:
+Entries = Mapping[str, Any] | Sequence[tuple[str, Any]]
+"""Values by their ids; as pairs an id may stand twice."""
+
+
+def as_object(entries: Entries) -> str:
+    """A JSON object."""
+    pairs = entries.items() if isinstance(entries, Mapping) else entries
+    return "{" + ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pairs) + "}"
+
+
+def write_instructions(folder: Path, name: str, data: Entries) -> Path:
     """`{name}_instructions.json`."""
     path = folder / f"{name}_instructions.json"
-    path.write_text(json.dumps({"meta": {"version": "0.0.1"}, "data": data}))
+    path.write_text('{"meta": {"version": "0.0.1"}, "data": ' + as_object(data) + "}")
     return path
 
 
-def write_images(path: Path, images: Mapping[str, Any] | Sequence[tuple[str, Any]], index: str = "") -> Path:
-    """`{ID: base64}` as JSON, or as parquet with the ids as its index; pairs may hold an id twice."""
-    pairs = list(images.items()) if isinstance(images, Mapping) else list(images)
+def write_images(path: Path, images: Entries, index: str = "") -> Path:
+    """`{ID: base64}` as JSON, or as parquet with the ids as its index."""
     if path.suffix == ".json":
-        members = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pairs)
-        path.write_text("{" + ", ".join(members) + "}")
+        path.write_text(as_object(images))
     else:
-        keys, values = zip(*pairs, strict=True)
+        keys, values = zip(*(images.items() if isinstance(images, Mapping) else images), strict=True)
         pq.write_table(pa.table({"base64": pa.array(values), index or "__index_level_0__": pa.array(keys)}), path)
     return path
 
@@ -48,8 +56,8 @@ def write_images(path: Path, images: Mapping[str, Any] | Sequence[tuple[str, Any
 def mimic_it(
     folder: Path,
     name: str,
-    data: Mapping[str, Any],
-    images: Mapping[str, Any] | Sequence[tuple[str, Any]] | None = None,
+    data: Entries,
+    images: Entries | None = None,
     train: Mapping[str, Any] | None = None,
     form: str = "parquet",
     **options: Any,
