@@ -2,8 +2,8 @@
 
 The estimate is made of shapes alone, so it works on the meta device. Weights, gradients and AdamW's state are counted;
 activations are those that decoder layers, gated blocks and the resampler keep for the backward pass in their usual
-form, for micro-batches that are full: `max_tokens` tokens and `max_media` media a row. Not in it: CUDA's own memory
-(about 1 GB), the allocator's gaps, and what collectives hold for a moment.
+form, for micro-batches that are full: `max_tokens` tokens and `max_media` media a row, each of as many frames as have
+embeddings. Not in it: CUDA's own memory (about 1 GB), the allocator's gaps, and what collectives hold for a moment.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _media_activations(model: FlamingoForConditionalGeneration, media: int, prod
     config: Any = model.config
     vision, width, latents = config.vision_config, config.vision_width, config.resampler_latents
     size, patch = _first(vision, ("image_size",)) or 224, _first(vision, ("patch_size",)) or 16
-    seen = (size // patch) ** 2
+    seen = (size // patch) ** 2 * max(1, config.resampler_max_frames)
     inner = config.resampler_heads * config.resampler_head_dim
     layer = (seen + latents) * (4 * width + (width + 2 * inner) * product)
     layer += latents * (12 * width + (2 * inner + config.resampler_ff_mult * width) * product)

@@ -24,6 +24,7 @@ from data_shards.shards import ShardSet, open_shards
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.backbones import assemble, backbone_path, ignores_qk_norm
 from flamingo.errors import FlamingoError
+from flamingo.images import frames_of
 from flamingo.packing import pack
 from flamingo.processing import IGNORED
 from icl_eval.tasks import load_task
@@ -43,20 +44,21 @@ MEASURED = 64
 
 @dataclass(frozen=True)
 class Lengths:
-    """A sequence of a source, on average: its tokens, those that count in the loss, and its media.
+    """A sequence of a source, on average: its tokens, those that count in the loss, its media, and their frames.
 
-    `squared` is the mean of the squares of `tokens`, which attention goes by.
+    `squared` is the mean of the squares of `tokens`, which attention goes by. An image is a frame.
     """
 
     tokens: float
     supervised: float
     media: float
     squared: float
+    frames: float
 
     @staticmethod
     def at_most(tokens: int, media: int) -> Lengths:
-        """Every sequence is as long as it may be."""
-        return Lengths(tokens, tokens, media, tokens**2)
+        """Every sequence is as long as it may be; its media are images."""
+        return Lengths(tokens, tokens, media, tokens**2, media)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Plan:
                 pairs=source.lengths.squared / 2,
                 supervised=source.lengths.supervised,
                 media=source.lengths.media,
-                frames=source.lengths.media,
+                frames=source.lengths.frames,
                 size=(settings.height, settings.width),
             )
             for source in self.sources
@@ -219,11 +221,11 @@ def outline_of_backbones(
     code = {"trust_remote_code": trust_remote_code}
     new: dict[str, Any] = {"dtype": torch.float32, **code}
     vision, language = backbone_path(vision), backbone_path(language)
-    with reading(vision), torch.device("meta"):
+    with _reading(vision), torch.device("meta"):
         config = AutoConfig.from_pretrained(vision, **code)
         tower = AutoModel.from_config(getattr(config, "vision_config", config), **new)
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", **code)
-    with reading(language), torch.device("meta"):
+    with _reading(language), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language, **code), **new)
         tokenizer = AutoTokenizer.from_pretrained(language, **code)
     with torch.device("meta"):
@@ -231,7 +233,7 @@ def outline_of_backbones(
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     """Errors of transformers as one that names the folder or hub id."""
     try:
         yield
@@ -333,7 +335,8 @@ def measure(shards: ShardSet, sequences: Sequences, name: str, faults: list[str]
         else:
             supervised = sum(label != IGNORED for label in made.labels[1:])
             tokens = len(made.input_ids)
-            found.append((tokens, supervised, len(made.media), tokens**2))
+            frames = sum(len(frames_of(medium)) for medium in made.media)
+            found.append((tokens, supervised, len(made.media), tokens**2, frames))
     if wrong:
         faults.append(f"{name}: {wrong.total()} of {len(numbers)} documents were not usable; one: {next(iter(wrong))}")
     return Lengths(*np.mean(found, axis=0).tolist()) if found else None

@@ -30,14 +30,14 @@ def recipe_of(**parallel: Any) -> Recipe:
     return Recipe(batch=ROWS, micro_batch=ROWS, data=data, parallel=ParallelRecipe(**parallel))
 
 
-def flamingo(language: str) -> FlamingoForConditionalGeneration:
-    """A model that is large enough for activations to count."""
+def flamingo(language: str, frames: int = 0) -> FlamingoForConditionalGeneration:
+    """A model that is large enough for activations to count, of images or of videos."""
     vision = CLIPVisionConfig(
         hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, image_size=96, patch_size=16
     )
     config = FlamingoConfig(
         vision, LANGUAGES[language], image_token_id=999, end_of_chunk_token_id=998, new_token_ids=[998, 999],
-        vocab_size=1000, resampler_depth=2, resampler_latents=16, cross_attention_every=2,
+        vocab_size=1000, resampler_depth=2, resampler_latents=16, cross_attention_every=2, resampler_max_frames=frames,
     )  # fmt: skip
     return FlamingoForConditionalGeneration(config).train()
 
@@ -45,9 +45,10 @@ def flamingo(language: str) -> FlamingoForConditionalGeneration:
 @pytest.mark.parametrize("language", sorted(LANGUAGES))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_near_what_is_kept(language: str, precision: str, checkpointing: bool) -> None:
-    """Catches an estimate that forgets a large tensor, or counts what nobody keeps."""
-    model = flamingo(language)
+@pytest.mark.parametrize("frames", [0, 4])
+def test_activations_are_near_what_is_kept(language: str, precision: str, checkpointing: bool, frames: int) -> None:
+    """Catches an estimate that forgets a large tensor, takes a video for an image, or counts what nobody keeps."""
+    model = flamingo(language, frames)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 900, (ROWS, TOKENS))
@@ -62,7 +63,7 @@ def test_activations_are_near_what_is_kept(language: str, precision: str, checkp
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: (keep(tensor), tensor)[1], lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
     ):
-        pixels = torch.randn(ROWS * MEDIA, 1, 3, 96, 96)
+        pixels = torch.randn(ROWS * MEDIA, max(1, frames), 3, 96, 96)
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, pixel_values=pixels)
     really = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in own)
     estimate = memory_estimate(model, recipe_of(precision=precision, activation_checkpointing=checkpointing), 1)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_shards.shards import write_shards
-from flamingo import Document, FlamingoError
+from flamingo import Document, FlamingoError, Text, Video
 from tests.tiny import document, picture, save_backbones
 from train.plan import Plan, dry_run
 from train.plan import plan as plan_of
@@ -80,6 +80,19 @@ def test_sources_are_measured_or_reported(tmp_path: Path) -> None:
     assert fault.startswith("data.sources.pages: ") and str(tmp_path / "pages") in fault
     assert re.search(rf"pairs +{pairs.samples} +{pairs.samples / 24:.3g} +0\.2 .* measured", planned.text())
     assert re.search(rf"pages +{pages.samples} +\? +1 +64 +5\.0 +at most", planned.text())
+
+
+def test_videos_are_planned_for_by_their_frames(tmp_path: Path) -> None:
+    """Catches a plan that takes a video for an image, of which the tower has a fraction of the work."""
+    wanted, plans = recipe(tmp_path), []
+    for name, frames in (("stills", 1), ("films", 8)):
+        film = Video(tuple(picture(n) for n in range(frames)))
+        write_shards((Document((film, Text("see")), key=f"{name}{n}") for n in range(4)), tmp_path / name)
+        wanted.data.sources["pairs"].shards = str(tmp_path / name)
+        plans.append(plan(wanted))
+    stills, films = (each.sources[0].lengths for each in plans)
+    assert (stills.media, stills.frames, films.media, films.frames) == (1, 1, 1, 8)
+    assert plans[1].operations() > 1.15 * plans[0].operations()
 
 
 def test_nothing_is_brought_here_for_a_plan(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def test_hours_and_memory_of_a_head_are_those_of_the_plan(name: str, backbones: 
     assert given is not None
     hours, tokens, images, caption = (int(figure.replace(",", "")) for figure in given.groups())
     lengths = {
-        "mmc4": Lengths(tokens, tokens, images, tokens**2),
-        "pairs": Lengths(caption, caption, 1, caption**2),
+        "mmc4": Lengths(tokens, tokens, images, tokens**2, images),
+        "pairs": Lengths(caption, caption, 1, caption**2, 1),
     }
     sources = [replace(source, lengths=lengths[source.name]) for source in planned.sources]
     expected = replace(planned, sources=sources, world=1).hours(312e12)
