@@ -76,8 +76,8 @@ def run(
     announce(state.model, recipe, processes)
     model.train()
     for step in range(state.step + 1, recipe.steps + 1):
-        draw_anew(recipe.seed, step, processes.rank)
         micro_batches = fetch(batches, accumulation, meter, state)
+        draw_anew(recipe.seed, step, processes.rank)  # now: a loader that begins draws a number too
         accumulate_gradients(model, micro_batches, torch.tensor(weights), processes, meter)
         rates = {group["name"]: float(group["lr"]) for group in state.optimizer.param_groups}
         update = update_parameters(state, meter, recipe.optimizer.clip, processes)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor, backbones
@@ -31,7 +34,7 @@ from train import lora
 from train.checkpoint import FOLDER, RECORD, read_record
 from train.export import find, restore, training_of
 from train.parallel import Processes
-from train.plan import outline_of_backbones, reading
+from train.plan import outline_of_backbones
 from train.pretrain import launch, run
 from train.recipe import TuneRecipe, from_command_line
 
@@ -174,7 +177,7 @@ def load_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, Fla
             new_output_rows=init.new_output_rows,
             trust_remote_code=init.trust_remote_code,
         )
-        with reading(str(path)):
+        with _loading(path):
             model, processor = load_converted(options, kind)
     return model.float(), processor
 
@@ -192,7 +195,7 @@ def outline_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, 
         with torch.device("meta"):
             lora.merge(model)
     elif kind == "flamingo":
-        with reading(str(path)):
+        with _loading(path):
             config = FlamingoConfig.from_pretrained(path)
             with torch.device("meta"):
                 model = FlamingoForConditionalGeneration(config)
@@ -209,6 +212,18 @@ def outline_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, 
             **options,
         )
     return model.float(), processor
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Errors of transformers as one that names the model."""
+    try:
+        yield
+    except FlamingoError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        raise FlamingoError(f"init.path: {path}: cannot be loaded as a model: {said}") from error
 
 
 @command_line

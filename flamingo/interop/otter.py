@@ -24,6 +24,8 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 
 WEIGHTS = ("model", "safetensors"), ("pytorch_model", "bin")
+HEADS = ("cross_attention_heads", "resampler_heads")
+"""What no shape tells: Otter's code has 8 of each; `save` writes ours into config.json, which Otter's does not mind."""
 CLASSES = {"llama": "LlamaForCausalLM", "mpt": "MPTForCausalLM"}
 """LMs that Otter's code builds, and its names for them."""
 
@@ -80,9 +82,10 @@ def from_otter(
     Raises:
         FlamingoError: as `load` and `from_backbones`.
     """
-    tensors, config = read_checkpoint(checkpoint), Path(checkpoint) / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else "otter"
-    options = {"extra_tokens": (ANSWER,) if kind == "otter" else (), **options}
+    tensors, file = read_checkpoint(checkpoint), Path(checkpoint) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"model_type": "otter"}
+    heads = {name: config[name] for name in HEADS if name in config}
+    options = {"extra_tokens": (ANSWER,) if config.get("model_type") == "otter" else (), **heads, **options}
     model, processor = from_backbones(
         vision, language, **open_flamingo.shape_options(tensors, str(checkpoint), options)
     )
@@ -115,6 +118,7 @@ def save(model: FlamingoForConditionalGeneration, path: str | Path) -> None:
             "model_type": "otter",
             "architectures": ["OtterForConditionalGeneration"],
             "cross_attn_every_n_layers": config.cross_attention_every,
+            **{name: getattr(config, name) for name in HEADS},
             "max_num_frames": config.resampler_max_frames or None,
             "tie_word_embeddings": model.new_output_rows is None,
             "vision_config": config.vision_config.to_dict(),
