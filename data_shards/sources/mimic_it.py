@@ -130,7 +130,7 @@ class MimicItReader:
     """of one dataset: its name in documents, by which losses are reported; empty: what stands before _instructions"""
     num_samples: int = 0
     """of one dataset: queries that are used, drawn by their ids; 0 or -1: all"""
-    task_description: Sequence[str] = ()
+    task_description: tuple[str, ...] = ()
     """of one dataset: texts of which one is put before the first instruction"""
     seed: int = 0
     """another one draws other queries and task descriptions"""
@@ -214,7 +214,7 @@ class MimicItReader:
                 subset=str(content.get("subset") or (TEXT_ONLY if group == "TEXT_ONLY" else "")),
                 name=name,
                 num_samples=number,
-                task_description=described,
+                task_description=tuple(described),
             )
         except FlamingoError as error:
             raise FlamingoError(f"{place}: {error}") from error

@@ -232,7 +232,7 @@ def test_samples_are_drawn_by_their_ids(tmp_path: Path) -> None:
 def test_one_description_of_the_task_stands_before_the_first_instruction(tmp_path: Path) -> None:
     """Catches a description in every turn, or one that counts in the loss or differs from run to run."""
     data = {f"i{n}": instruction("q", "a", None, ["i0"]) for n in range(1, 30)} | {"i0": instruction("q0", "a0")}
-    reader = mimic_it(tmp_path, "TEXT", data, task_description=["one", "two"])
+    reader = mimic_it(tmp_path, "TEXT", data, task_description=("one", "two"))
     documents, _ = read(reader)
     texts = [[each.text for each in document.segments if isinstance(each, Text)] for document in documents]
     assert {text[0] for text in texts[:-1]} == {f"User:{each}\nq0 GPT:<answer>" for each in ("one", "two")}
