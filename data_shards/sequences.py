@@ -86,8 +86,10 @@ class Sequences:
             raise SampleError(IMAGE_MARK, f"document {document.key or '?'}: {marks} {IMAGE_TOKEN} in its texts")
         if self.leading_space and generator.random() < self.leading_space:
             document = _spaced(document)
+        asks = any(isinstance(segment, Text) and not segment.supervised for segment in document.segments)
         for window, reaches_end in self._windows(document, generator):
-            encoding = self._cut(self.processor.encode(window, eos=reaches_end, rules=self.rules), generator)
+            whole = self.processor.encode(window, eos=reaches_end, rules=self.rules)
+            encoding = self._cut(whole, generator, asks=asks)
             if encoding is not None:
                 break
         else:
@@ -169,12 +171,16 @@ class Sequences:
             if other != drawn:
                 yield window(int(other))
 
-    def _cut(self, encoding: Encoding, generator: np.random.Generator) -> Encoding | None:
+    def _cut(self, encoding: Encoding, generator: np.random.Generator, *, asks: bool) -> Encoding | None:
         """At most `max_tokens` tokens in a row, and the media whose `<image>` is among them; None where none counts.
 
         Of a longer encoding every window in which a token counts is drawn equally often (Flamingo, appendix on M3W: a
         random subsequence of so many tokens). A beginning-of-sequence token stays before it. By the rules of
         OpenFlamingo text that now stands before the first medium does not count any more. `text` stays the whole one.
+
+        Of a document that `asks`, some of whose text does not count, windows begin where it begins or where media
+        stand after text, if a token counts in any of those: an answer without its picture or its question would teach
+        to invent one.
         """
         ids, labels, tokenizer = encoding.input_ids, encoding.labels, self.processor.tokenizer
         # The end alone is nothing to learn from.
@@ -183,17 +189,24 @@ class Sequences:
             return encoding if supervised[1:].any() else None
         head = int(tokenizer.bos_token_id is not None)
         size = self.max_tokens - head
-        starts = np.arange(head, len(ids) - size + 1)
         marks = np.flatnonzero(np.array(ids) == self.processor.image_token_id)
-        counts = starts + 1 - head  # from where on tokens count, for each start
-        if self.rules == "open_flamingo" and len(marks):
-            counts = np.append(marks, len(ids))[np.searchsorted(marks, starts)]
         before = np.append(0, np.cumsum(supervised))  # supervised tokens before each place
-        usable = np.flatnonzero(before[starts + size] > before[counts.clip(max=starts + size)])
-        if not len(usable):
+
+        def usable(starts: np.ndarray) -> np.ndarray:
+            """(start, end, from where on tokens count) of the windows in which one does, for ascending `starts`."""
+            ends, counts = (starts + size).clip(max=len(ids)), starts + 1 - head
+            if self.rules == "open_flamingo" and len(marks):
+                counts = np.append(marks, len(ids))[np.searchsorted(marks, starts)]
+            windows = np.stack((starts, ends, counts), axis=1)
+            return windows[before[ends] > before[counts.clip(max=ends)]]
+
+        windows = usable(np.arange(head, len(ids) - size + 1))
+        if asks:
+            turns = usable(np.union1d([head], marks[np.diff(marks, prepend=-1) > 1]))
+            windows = turns if len(turns) else windows
+        if not len(windows):
             return None
-        drawn = usable[generator.integers(len(usable))]
-        start, end, counted = int(starts[drawn]), int(starts[drawn]) + size, int(counts[drawn])
+        start, end, counted = windows[generator.integers(len(windows))].tolist()
         first, last = np.searchsorted(marks, (start, end))
         return replace(
             encoding,

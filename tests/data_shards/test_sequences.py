@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +18,8 @@ from data_shards.sequences import Sequences
 from flamingo import Document, FlamingoError, FlamingoProcessor, Text, Video
 from flamingo.document import Segment
 from flamingo.images import View
+from flamingo.instructions import Turn, instruction_document
+from flamingo.media import visible_media
 from flamingo.processing import IGNORED, RULES, Encoding
 from tests.tiny import picture, tiny_flamingo
 
@@ -202,6 +205,47 @@ def test_windows_find_what_counts(processor: FlamingoProcessor, without_bos: Fla
         with pytest.raises(SampleError, match="document [?]: no token of its sequence counts in the loss") as error:
             Sequences(without_bos, max_tokens)(first, generator())
         assert error.value.reason == NOTHING_SUPERVISED
+
+
+ROUNDS = [Turn(f"question {n}", f"answer {n}") for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("turns", "begins"),
+    [
+        ([replace(ROUNDS[0], media=(A,)), *ROUNDS[1:]], 1),  # a conversation about one picture
+        ([replace(turn, media=(A,)) for turn in ROUNDS], 6),  # a picture in every example
+        ([replace(turn, media=(A, Video((B, C)))) for turn in ROUNDS], 6),  # stories
+        (ROUNDS, 1),  # no picture at all
+    ],
+)
+@pytest.mark.parametrize("without_beginning", [False, True])
+def test_an_answer_keeps_its_question_and_its_media(
+    processor: FlamingoProcessor,
+    without_bos: FlamingoProcessor,
+    turns: list[Turn],
+    begins: int,
+    without_beginning: bool,
+) -> None:
+    """Catches windows that begin behind the picture or the question, so that the model learns to invent, and examples
+    that are never read.
+    """
+    used = without_bos if without_beginning else processor
+    document = instruction_document(turns, answer_mark=False)
+    sequences = Sequences(used, max_tokens=90, max_media=12)
+    assert len(used.encode(document, eos=True).input_ids) > 150
+    drawn = [sequences(document, generator(seed)) for seed in range(120)]
+    starts = {used.tokenizer.decode(each.input_ids).removeprefix("<s>") for each in drawn}
+    assert len(starts) == begins
+    marks = "<image>" * len(turns[0].media)
+    assert all(each.startswith(f"{marks}User:question") for each in starts)
+    assert all(len(each.input_ids) <= 90 for each in drawn)
+    for each in drawn:
+        _, last = visible_media(torch.tensor([each.input_ids]), used.image_token_id)
+        supervised = torch.tensor([each.labels]) != IGNORED
+        assert not marks or (last[supervised] > 0).all()
+    if begins > 1:
+        assert any(each.input_ids[-1] == used.tokenizer.eos_token_id for each in drawn), "the last one too"
 
 
 def test_short_documents_draw_nothing(processor: FlamingoProcessor) -> None:
