@@ -152,7 +152,7 @@ class Checkpoints:
         tensors = self._stager.stage(state.tensors())
         record = {"step": state.step, "run_id": state.run_id, "faults": state.faults.state()}
         record |= {"identity": self.identity, "processes": self.processes.world, **self.about}
-        self._writer = _Writer(self._path(state.step), tensors, json.dumps(record, indent=1), self)
+        self._writer = _Writer(path_of(self.folder, state.step), tensors, json.dumps(record, indent=1), self)
         self._writer.start()
 
     def watch(self) -> None:
@@ -200,14 +200,11 @@ class Checkpoints:
             dist.all_gather_object(said, own, group=self._group)
         return said
 
-    def _path(self, step: int) -> Path:
-        return self.folder / FOLDER / f"step-{step:06d}"
-
     def _write(self, path: Path, tensors: dict[str, Any], record: str) -> None:
         """In the writer's thread: write all files, then the mark, then take the name, then remove what is old."""
-        unfinished = _hidden(path)
+        unfinished = being_written(path)
         dcp.save(tensors, storage_writer=_Files(unfinished), process_group=self._group, no_dist=self._group is None)
-        files = self._seal(unfinished)
+        files = self._seal_all(unfinished)
         if self.processes.is_main:
             _write_durably(unfinished / RECORD, json.dumps(json.loads(record) | {"files": files}, indent=1) + "\n")
             _discard(path)
@@ -215,7 +212,7 @@ class Checkpoints:
             _sync(path.parent)
             self._remove_old(path)
 
-    def _seal(self, folder: Path) -> dict[str, dict[str, Any]]:
+    def _seal_all(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of all files; each process reads what it wrote.
 
         Raises:
@@ -239,7 +236,7 @@ class Checkpoints:
 
     def _remove_old(self, newest: Path) -> None:
         """Keep what is to be kept of the complete ones up to the newest."""
-        complete = [path for path in self._all() if (path / RECORD).exists() and step_of(path) <= step_of(newest)]
+        complete = [path for path in complete_checkpoints(self.folder) if step_of(path) <= step_of(newest)]
         for path in complete[: -self.keep]:
             if not (self.keep_every and step_of(path) % self.keep_every == 0):
                 _discard(path)
@@ -248,11 +245,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
-        return next((path for path in reversed(self._all()) if (path / RECORD).exists()), None)
-
-    def _all(self) -> list[Path]:
-        """All checkpoints by step, damaged ones among them."""
-        return all_checkpoints(self.folder)
+        return next(reversed(complete_checkpoints(self.folder)), None)
 
     def resume(self, state: TrainingState, *, anyway: bool = False) -> bool:
         """Load the newest good checkpoint into `state`, where there is one; say which damaged ones are passed over.
@@ -282,7 +275,7 @@ class Checkpoints:
             (self.folder / FOLDER / PREEMPTED).unlink(missing_ok=True)
         self.processes.wait()
         faults = {}
-        for path in reversed(self._all()):
+        for path in reversed(all_checkpoints(self.folder)):
             own = fault_of(path, rank=self.processes.rank, world=self.processes.world)
             fault = next((said for said in self._all_said(own) if said), None)
             if fault is None:
@@ -343,7 +336,7 @@ class _Writer(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread, in all processes
             self.fault = _reason(error)
             if self._checkpoints.processes.is_main:
-                shutil.rmtree(_hidden(self.path), ignore_errors=True)  # a full disk gets its room back
+                shutil.rmtree(being_written(self.path), ignore_errors=True)  # a full disk gets its room back
         finally:
             del self._job
 
@@ -352,6 +345,21 @@ def all_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run's folder by step, damaged ones among them."""
     found = (path for path in (folder / FOLDER).glob("step-*") if path.name.removeprefix("step-").isdigit())
     return sorted(found, key=step_of)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those of a run's folder that have their mark, by step."""
+    return [path for path in all_checkpoints(folder) if (path / RECORD).exists()]
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, in a run's folder."""
+    return folder / FOLDER / f"step-{step:06d}"
+
+
+def being_written(path: Path) -> Path:
+    """The name that a checkpoint has until it is complete."""
+    return path.with_name(f".{path.name}.unfinished")
 
 
 def step_of(path: Path) -> int:
@@ -365,7 +373,7 @@ def newest_record(folder: Path) -> dict[str, Any]:
     Raises:
         FlamingoError: where there is none.
     """
-    complete = [path for path in all_checkpoints(folder) if (path / RECORD).exists()]
+    complete = complete_checkpoints(folder)
     if not complete:
         raise FlamingoError(f"{folder / FOLDER}: expected a checkpoint")
     return read_record(complete[-1])
@@ -433,13 +441,8 @@ def load_model(model: FlamingoForConditionalGeneration, path: Path) -> None:
     set_model_state_dict(model, tensors, options=StateDictOptions(strict=False))
 
 
-def _hidden(path: Path) -> Path:
-    """The name under which a checkpoint is written, and removed."""
-    return path.with_name(f".{path.name}.unfinished")
-
-
 def _discard(path: Path) -> None:
-    """Remove a checkpoint, so that half of one never stands under its name."""
+    """Remove a checkpoint under another name, so that half of one never stands under its own."""
     if path.exists():
         gone = path.with_name(f".{path.name}.removed")
         os.replace(path, gone)

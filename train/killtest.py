@@ -20,11 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import jsonargparse
 import yaml
 from rich import get_console
 from rich.table import Table
@@ -32,8 +31,8 @@ from transformers.utils import logging
 
 from data_shards.glyphs.documents import write_world_shards
 from data_shards.loader import rank_batches
-from flamingo.errors import FlamingoError, command_line, plain_options
-from train.checkpoint import FOLDER, all_checkpoints, step_of
+from flamingo.errors import FlamingoError, command_line
+from train.checkpoint import FOLDER, all_checkpoints, being_written, path_of, step_of
 from train.pretrain import build_model, micro_batches, open_sources
 from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
 from train.tracking import METRICS_FILE, read_rows
@@ -71,8 +70,8 @@ class Options:
     """of the moments"""
     at_once: int = 2
     """processes that compute at the same time: as many as there are cores"""
-    config: str | None = None
-    """recipe; default: the embedded one"""
+    recipe: str | None = None
+    """file of the recipe; default: the embedded one"""
     out: str | None = None
     """folder that keeps all runs; default: one that is removed"""
 
@@ -123,7 +122,7 @@ def kill_test(options: Options, folder: Path) -> bool:
 def write_recipe(options: Options, folder: Path) -> Path:
     """The recipe of all runs, with data that all share; returns its file."""
     recipe = from_command_line(
-        Recipe, ["--config", options.config] if options.config else [], default=packaged(EMBEDDED)
+        Recipe, ["--config", options.recipe] if options.recipe else [], default=packaged(EMBEDDED)
     )
     if (glyphs := recipe.data.glyphs) is not None:
         samples = options.steps * options.batch
@@ -251,8 +250,8 @@ def wait_until(reached: Callable[[Run, int], bool], run: Run, step: int, process
 
 def saving(run: Run, step: int) -> bool:
     """Whether the save of a step has begun."""
-    folder = run.folder / FOLDER
-    return (folder / f".step-{step:06d}.unfinished").exists() or (folder / f"step-{step:06d}").exists()
+    path = path_of(run.folder, step)
+    return being_written(path).exists() or path.exists()
 
 
 def computed(run: Run, step: int) -> bool:
@@ -262,7 +261,7 @@ def computed(run: Run, step: int) -> bool:
 
 def unfinished(run: Run) -> list[Path]:
     """Saves that are under way."""
-    return sorted((run.folder / FOLDER).glob(".step-*.unfinished"))
+    return sorted((run.folder / FOLDER).glob(being_written(Path("step-*")).name))
 
 
 def last_step(run: Run) -> int:
@@ -364,13 +363,7 @@ def switch_table(switches: list[Switch]) -> Table:
 def main() -> None:
     """Entry point of `python -m train.killtest`."""
     logging.disable_progress_bar()
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=__doc__)
-    parser.add_class_arguments(Options)
-    try:
-        parsed = parser.parse_args(plain_options(sys.argv[1:]))
-    except jsonargparse.ArgumentError as error:
-        raise FlamingoError(" ".join(str(error).split())) from error
-    options = Options(**{each.name: parsed[each.name] for each in fields(Options)})
+    options = from_command_line(Options, description=__doc__)
     with kept_or_temporary(options.out) as folder:
         good = kill_test(options, folder)
     raise SystemExit(not good)
