@@ -56,8 +56,9 @@ SEQUENCE_OPTIONS = ("max_tokens", "max_media", "next_media", "rules", "leading_s
 class Training(Protocol):
     """Where a run's model comes from and what of it trains: all that tells pretraining and tuning apart."""
 
-    name: str
-    """in `run.json`"""
+    @property
+    def name(self) -> str:
+        """What `run.json` calls it."""
 
     @property
     def recipe(self) -> Run:
