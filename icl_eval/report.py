@@ -18,9 +18,11 @@ from markupsafe import Markup
 
 from data_shards.page import template
 from flamingo.files import write_text
+from icl_eval import comparison
 from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
 from icl_eval.evaluation import Cell, Outcome, Results
+from icl_eval.instructions import InstructionResults, Item
 from icl_eval.sources import load_pool
 
 MARGIN = 0.05  # how far from chance a control may fall
@@ -57,6 +59,8 @@ def write_report(
     timings: Mapping[str, float] | None = None,
     title: str = "Few-shot evaluation",
     facts: Mapping[str, Any] | None = None,
+    instructions: Mapping[str, InstructionResults] | None = None,
+    items: Sequence[Item] = (),
 ) -> Path:
     """Write the page to `path`, whose folder must exist.
 
@@ -70,6 +74,12 @@ def write_report(
         timings: seconds by stage.
         title: heading of the page.
         facts: further label → text for the provenance table; mappings, such as a recipe, are folded away below it.
+        instructions: what each model is called → its results of `evaluate_instructions`, for a section that has them
+            side by side; without them there is no such section.
+        items: that they were asked.
+
+    Raises:
+        FlamingoError: where `instructions` are not of the same items.
     """
     shots = sorted({cell.shots for cell in results.cells if cell.control is None})
     rows = [row for row in training_log if row.get("step") is not None]
@@ -90,6 +100,7 @@ def write_report(
         margin=MARGIN,
         curves=_curves(rows),
         examples=examples(results),
+        instructions=_instructions(instructions, items) if instructions else None,
         account=_flat(account or {}),
         timings=[(stage, _duration(seconds)) for stage, seconds in (timings or {}).items()],
         total=_duration(sum((timings or results.seconds).values())),
@@ -297,6 +308,30 @@ def _example(results: Results, task: str, outcome: Outcome, pictures: list[str])
         prediction=outcome.candidates[outcome.prediction],
         candidates=tuple((outcome.candidates[place], float(shares[place])) for place in order),
     )
+
+
+# -- instructions ------------------------------------------------------------------------------------------------------
+
+
+def _instructions(runs: comparison.Runs, items: Sequence[Item]) -> dict[str, Any]:
+    """What the template draws of models side by side."""
+    comparison.check_alike(runs)
+    first = next(iter(runs.values()))
+    tables = [
+        ("accuracy of ranked answers", comparison.accuracy_rows(runs), "chance"),
+        (f"under controls, {comparison.EVERY_KIND}", comparison.control_rows(runs), ""),
+        (f"free answers, {comparison.EVERY_KIND}", comparison.free_rows(runs), " "),
+    ]
+    return {
+        "shots": first.shots,
+        "items": len(items),
+        "charts": [(kind, Markup(chart)) for kind, chart in comparison.charts(runs)],
+        "legend": comparison.legend(runs),
+        "tables": [table for table in tables if table[1]],
+        "controls": [comparison.CONTROL_NAMES[name] for name in first.controls],
+        "examples": comparison.examples(runs, items),
+        "uri": _data_uri,
+    }
 
 
 def _data_uri(data: bytes) -> str:
