@@ -360,8 +360,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if tower_trains:  # a gradient for every parameter, also of a tower without images, or of a norm not applied
             whole = torch.stack([each.sum() for each in self.vision_tower.parameters()]).sum()
             tokens = tokens + 0.0 * whole.to(tokens)
-        ragged = media_frames is not None and rows > 0
-        return self.resampler(tokens, media_frames.to(tokens.device)) if ragged else self.resampler(tokens)
+        if media_frames is None or rows == 0:
+            return self.resampler(tokens)
+        return self.resampler(tokens, media_frames.to(tokens.device))
 
     def remember_media(self, media_latents: Tensor) -> MediaMemory:
         """`media_latents` (N, R, D) → their keys and values for every gated block."""
@@ -612,9 +613,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"input_ids: expected all ids, those of the {cache.get_seq_length()} tokens in past_key_values too, "
                 f"got {input_ids.shape[1]}"
             )
-        given = [kwargs.pop(name, None) for name in ("pixel_values", "media_frames", "media_latents")]
-        memory: MediaMemory | None = kwargs.get("media_memory")
-        media = _number(*given, memory)
+        pixel_values, frames = kwargs.pop("pixel_values", None), kwargs.pop("media_frames", None)
+        latents, memory = kwargs.pop("media_latents", None), kwargs.get("media_memory")
+        media = _number(pixel_values, frames, latents, memory)
         counts = self._count_marks(input_ids)
         if kwargs.get("media_per_sample") is None:
             kwargs["media_per_sample"] = counts
@@ -624,7 +625,7 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         suppressed = sorted({*asked, self.config.image_token_id})
         with fast_products():
             if memory is None:
-                kwargs["media_memory"] = self._remember(*given, input_ids)
+                kwargs["media_memory"] = self._remember(pixel_values, frames, latents, input_ids)
             return super().generate(inputs, generation_config, suppress_tokens=suppressed, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
