@@ -147,9 +147,6 @@ class MimicItReader:
     long_turns: ClassVar[Literal["contexts"]] = "contexts"
 
     def __post_init__(self) -> None:
-        if isinstance(self.task_description, str):
-            object.__setattr__(self, "task_description", (self.task_description,))
-        object.__setattr__(self, "task_description", tuple(self.task_description))
         for option, least in (("num_samples", -1), ("max_contexts", 0), ("resample_frames", 1)):
             number = getattr(self, option)
             if number is not None and number < least:

@@ -34,6 +34,7 @@ from data_shards.faults import (
     OF_DROPPED,
     OF_TURN,
     OWN_CONTEXT,
+    SURPLUS,
     TOO_LONG,
     UNPICKED,
     SampleError,
@@ -419,6 +420,18 @@ def test_images_shown_once_stay_when_contexts_go(tmp_path: Path) -> None:
     last = open_shards(tmp_path / "out")[2]
     assert last.metadata["ids"] == ["i1", "i2"] and len(last.images) == 1
     assert account.images_kept == 3 and account.turns_dropped == {TOO_LONG: 1, OWN_CONTEXT: 2}
+
+
+def test_documents_hold_no_more_media_than_the_maximum(tmp_path: Path) -> None:
+    """Catches a story that loses a picture, and contexts beyond the maximum that stay."""
+    data = {f"i{n}": instruction("What?", "This.", [f"p{n}"], ["i0", "i1"]) for n in range(3)}
+    data["story"] = instruction("What?", "This.", ["p0", "p1", "p2"])
+    reader = mimic_it(tmp_path, "LACR", data, pictures("p0", "p1", "p2"))
+    account = convert(reader, tmp_path / "out", replace(LONG, max_media=2))
+    shards = open_shards(tmp_path / "out")
+    kept = [shards[n].metadata["ids"] for n in range(len(shards))]
+    assert kept == [["i1", "i0"], ["i0", "i1"], ["i1", "i2"]]
+    assert account.documents_dropped == {SURPLUS: 1} and account.turns_dropped[SURPLUS] == 1
 
 
 def test_broken_images_take_their_document_along(tmp_path: Path) -> None:
