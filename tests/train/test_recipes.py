@@ -25,13 +25,17 @@ from transformers import (
 )
 
 from tests.tiny import tokenizer
-from train.memory import memory_estimate
-from train.plan import Lengths, plan
-from train.recipe import Recipe, from_command_line
+from train.memory import components, memory_estimate
+from train.plan import Lengths, outline_of_backbones, plan
+from train.pretrain import Pretraining
+from train.recipe import Recipe, TuneRecipe, from_command_line
+from train.tune import Tuning
 
 RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-LARGE = [name for name in NAMES if name != "embedded"]
+TUNED = [name for name in NAMES if "\ninit:" in (RECIPES / f"{name}.yaml").read_text()]
+LARGE = [name for name in NAMES if not name.startswith("embedded")]
+PRETRAINED = [name for name in LARGE if name not in TUNED]
 
 BACKBONES: dict[str, PretrainedConfig] = {
     "openai/clip-vit-large-patch14": CLIPVisionConfig(
@@ -71,9 +75,14 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def read(name: str, *overrides: str) -> Recipe:
+def read(name: str) -> Recipe:
     """A recipe as a command reads it."""
-    return from_command_line(Recipe, ["--config", str(RECIPES / f"{name}.yaml"), *overrides])
+    return from_command_line(Recipe, ["--config", str(RECIPES / f"{name}.yaml")])
+
+
+def read_tuning(name: str) -> TuneRecipe:
+    """A recipe of tuning, likewise."""
+    return from_command_line(TuneRecipe, ["--config", str(RECIPES / f"{name}.yaml")])
 
 
 def head(name: str) -> str:
@@ -85,21 +94,21 @@ def head(name: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_parses_and_its_head_is_complete(name: str) -> None:
     """Catches a field that was renamed, a batch that nothing divides, and a head without command or hours."""
-    recipe = read(name)
-    for world in (1, 2) if name == "embedded" else (1, 8, 64):
+    recipe = read_tuning(name) if name in TUNED else read(name)
+    for world in (1, 2) if name.startswith("embedded") else (1, 8, 64):
         if recipe.batch >= recipe.micro_batch * world:
             recipe.check(world)
     for word in (f"--config train/recipes/{name}.yaml", "Hardware:", "Hours:", "Score:"):
         assert word in head(name), word
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", PRETRAINED)
 def test_hours_and_memory_of_a_head_are_those_of_the_plan(name: str, backbones: dict[str, Path]) -> None:
     """Catches a head that was written for another model, batch or number of steps, and a plan that needs weights."""
     recipe = read(name)
     options = {part: str(backbones[getattr(recipe.model, part)]) for part in ("vision", "language")}
     recipe = replace(recipe, model=replace(recipe.model, **options))
-    planned = plan(recipe, world=8)
+    planned = plan(Pretraining(recipe), world=8)
     assert [fault.partition(":")[0] for fault in planned.faults] == ["data.sources.mmc4", "data.sources.pairs"]
     given = re.search(
         r"Hours: ([\d,]+) of one A100 .* (\d+) tokens and (\d) images .* (\d+) tokens and 1 image", head(name)
@@ -114,6 +123,41 @@ def test_hours_and_memory_of_a_head_are_those_of_the_plan(name: str, backbones: 
     expected = replace(planned, sources=sources, world=1).hours(312e12)
     assert hours == pytest.approx(expected, rel=0.03)
     assert "GPUs of 40 GB" in head(name) and memory_estimate(planned.model, recipe, 8).total < 36e9
+
+
+@pytest.fixture(scope="module")
+def openflamingo(backbones: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a folder of OpenFlamingo-9B says of itself, without weights."""
+    folder = tmp_path_factory.mktemp("openflamingo")
+    vision, language = (str(backbones[name]) for name in ("openai/clip-vit-large-patch14", "mosaicml/mpt-7b"))
+    model, processor = outline_of_backbones(vision, language, cross_attention_every=4)
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in LARGE if name in TUNED])
+def test_hours_and_memory_of_tuning_are_those_of_the_plan(name: str, openflamingo: Path) -> None:
+    """Catches what the test above does, a plan without frames or adapters, and epochs that make no steps."""
+    recipe = read_tuning(name)
+    given = re.search(
+        r"Hours: ([\d,]+) of one A100 .* (\d+) epochs of ([\d,]+) documents of (\d+) tokens and (\d) media of "
+        r"(\d+) frames",
+        head(name),
+    )
+    assert given is not None
+    hours, epochs, documents, tokens, media, frames = (int(figure.replace(",", "")) for figure in given.groups())
+    assert recipe.epochs == epochs and recipe.steps == 0
+    settled = recipe.settled({"all": documents})
+    planned = plan(Tuning(replace(settled, init=replace(recipe.init, path=str(openflamingo)))), world=8)
+    missing = {fault.partition(":")[0] for fault in planned.faults}
+    assert missing == {f"data.sources.{each}" for each in recipe.data.sources}
+    lengths = Lengths(tokens, tokens, media, tokens**2, media * frames)
+    sources = [replace(source, lengths=lengths) for source in planned.sources]
+    assert hours == pytest.approx(replace(planned, sources=sources, world=1).hours(312e12), rel=0.03)
+    assert "GPUs of 40 GB" in head(name) and memory_estimate(planned.model, recipe, 8).total < 36e9
+    trained = {part.name: part.trained for part in components(planned.model)}
+    assert (trained["language model"] > 0) == (recipe.train_language == "lora") and trained["new tokens"] > 0
 
 
 # -- several machines --------------------------------------------------------------------------------------------------

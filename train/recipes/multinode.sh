@@ -11,6 +11,7 @@
 # PORT      on HEAD (default: 29500)
 # RUN       name of the run among those of a machine (default: flamingo)
 # RESTARTS  how often processes that failed are started again, from the last checkpoint (default: 3)
+# MODULE    what runs: train.pretrain (default) or train.tune
 # PYTHON    default: python
 set -euo pipefail
 
@@ -34,4 +35,4 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
   --rdzv-endpoint="${HEAD:-localhost}:${PORT:-29500}" \
   --rdzv-id="$RUN" \
   --max-restarts="${RESTARTS:-3}" \
-  -m train.pretrain "$@"
+  -m "${MODULE:-train.pretrain}" "$@"

@@ -4,7 +4,7 @@
 #
 #   sbatch --nodes 8 train/recipes/slurm.sh train/recipes/openflamingo_9b.yaml runs/9b [--steps 1000 …]
 #
-# Options of sbatch before the script override those below; GPUS, RESTARTS and PYTHON are those of multinode.sh.
+# Options of sbatch before the script override those below; GPUS, RESTARTS, MODULE and PYTHON are multinode.sh's.
 #SBATCH --job-name=flamingo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
