@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -31,6 +31,8 @@ from train.recipe import LoraRecipe
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+
+    from train.nf4 import Linear4
 
 ADAPTER = "default"
 """peft's name of the one adapter that there is."""
@@ -143,23 +145,31 @@ def quantise(model: FlamingoForConditionalGeneration, compute_dtype: torch.dtype
         ) from error
     lm = model.language_model
     layers = decoder_layers(lm, model.config.decoder_layers)
-    plain = [(layer, name) for layer in layers for name, each in layer.named_modules() if type(each) is nn.Linear]
+    plain = [
+        (layer, name, each)
+        for layer in layers
+        for name, each in layer.named_modules()
+        if isinstance(each, nn.Linear) and type(each) is nn.Linear
+    ]
     if not plain:
         raise FlamingoError(f"lora.quantised: {type(lm).__name__} has no nn.Linear in its decoder layers")
-    for layer, name in plain:
-        layer.set_submodule(name, Linear4.of(layer.get_submodule(name), compute_dtype))
+    for layer, name, linear in plain:
+        layer.set_submodule(name, Linear4.of(linear, compute_dtype))
 
 
 def dequantise(model: FlamingoForConditionalGeneration) -> list[str]:
     """Unpack what `quantise` packed, in place: the names of the weights, which are not the LM's own any more."""
     layers = decoder_layers(model.language_model, model.config.decoder_layers)
     packed = [
-        (layer, name) for layer in layers for name, each in layer.named_modules() if hasattr(each, "unpacked_linear")
+        (layer, name, cast("Linear4", each))
+        for layer in layers
+        for name, each in layer.named_modules()
+        if hasattr(each, "unpacked_linear")
     ]
-    for layer, name in packed:
-        layer.set_submodule(name, layer.get_submodule(name).unpacked_linear())
+    for layer, name, linear in packed:
+        layer.set_submodule(name, linear.unpacked_linear())
     paths = {module: name for name, module in model.named_modules()}
-    return [f"{paths[layer.get_submodule(name)]}.weight" for layer, name in packed]
+    return [f"{paths[layer.get_submodule(name)]}.weight" for layer, name, _ in packed]
 
 
 # -- merging and saving ------------------------------------------------------------------------------------------------

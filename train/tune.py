@@ -38,6 +38,9 @@ from train.plan import outline_of_backbones
 from train.pretrain import launch, run
 from train.recipe import TuneRecipe, from_command_line
 
+MODELS = ("flamingo", "otter")
+"""`model_type` in config.json of what tuning begins with."""
+
 
 @dataclass
 class Command(TuneRecipe):
@@ -140,8 +143,12 @@ def init_kind(recipe: TuneRecipe) -> str:
     if (folder / RECORD).exists() or (folder / FOLDER).is_dir():
         return "checkpoint"
     config = folder / "config.json"
-    described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return "otter" if described.get("model_type") == "otter" else "flamingo"
+    if not config.is_file():
+        return "flamingo"  # on the hub, or the loader says what is missing
+    found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if found not in MODELS:
+        raise FlamingoError(f"init.path: {path} holds a model of type {found}; expected one of {', '.join(MODELS)}")
+    return found
 
 
 def init_identity(recipe: TuneRecipe) -> str:

@@ -390,6 +390,13 @@ def test_otters_layout_is_written(worlds: Callable[..., World], tmp_path: Path) 
     assert config["model_type"] == "otter" and config["cross_attn_every_n_layers"] == 2
     assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
     assert config["text_config"]["vocab_size"] == 103 == len(written["lang_encoder.lm_head.weight"])
+    four = world.model(extra_tokens=("<answer>",), cross_attention_heads=4, cross_attention_head_dim=16)
+    for block in four.cross_attention:
+        block.attn_gate.data.fill_(0.8)
+    otter.save(four, tmp_path / "four")
+    back, _ = otter.from_otter(tmp_path / "four", world.vision, world.language)
+    assert (back.config.cross_attention_heads, back.config.cross_attention_head_dim) == (4, 16)
+    assert torch.equal(world.logits(back), world.logits(four)), "no shape tells how many heads there are"
     otter.save(world.model(), tmp_path / "a.pt")  # Otter's tokenizer has `<answer>` even where ours has not
     assert len(otter.read_checkpoint(tmp_path / "a.pt")["lang_encoder.lm_head.weight"]) == 103
     with pytest.raises(FlamingoError, match=r"expected a folder with model\.safetensors"):
