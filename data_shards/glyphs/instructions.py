@@ -49,17 +49,17 @@ class Dataset:
 
     name: str
     group: str
-    taught_alone: bool = False
-    """whether its assembly in training has no room for examples with pictures of their own"""
+    taught_with: tuple[int, int]
+    """examples of a query in training, at least and at most; its assembly may have no room for any with pictures"""
 
 
 DATASETS: Mapping[str, Dataset] = {
-    "naming": Dataset("LA_NAMING", "IMAGE_TEXT_IN_CONTEXT"),
-    "style": Dataset("LA_STYLE", "IMAGE_TEXT_IN_CONTEXT"),
-    "position": Dataset("LA_POSITION", "IMAGE_TEXT_IN_CONTEXT"),
-    "same": Dataset("SD_SAME", "IMAGE_TEXT", taught_alone=True),
-    "story": Dataset("VST_STORY", "IMAGE_TEXT_IN_CONTEXT"),
-    "sequence": Dataset("DC_SEQUENCE", "VIDEO_TEXT", taught_alone=True),
+    "naming": Dataset("LA_NAMING", "IMAGE_TEXT_IN_CONTEXT", (CONTEXTS, CONTEXTS)),
+    "style": Dataset("LA_STYLE", "IMAGE_TEXT_IN_CONTEXT", (0, CONTEXTS)),
+    "position": Dataset("LA_POSITION", "IMAGE_TEXT_IN_CONTEXT", (0, CONTEXTS)),
+    "same": Dataset("SD_SAME", "IMAGE_TEXT", (0, 0)),
+    "story": Dataset("VST_STORY", "IMAGE_TEXT_IN_CONTEXT", (0, 1)),
+    "sequence": Dataset("DC_SEQUENCE", "VIDEO_TEXT", (0, 0)),
 }
 KINDS = tuple(DATASETS)
 HELD_OUT_SPLITS = ("validation", "test")
@@ -67,7 +67,7 @@ HELD_OUT_SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question about pictures and its answer; `candidates` are the answers to choose from, the right one among them."""
+    """A question about pictures and its answer; `candidates`: answers to choose from, the right one among them."""
 
     question: str
     answer: str
@@ -278,11 +278,12 @@ class _Content:
 
 def _content(kind: str, queries: int, split: str, seed: int) -> _Content:
     dataset = DATASETS[kind]
-    alone = dataset.taught_alone and split == "train"
+    least, most = dataset.taught_with if split == "train" else (CONTEXTS, CONTEXTS)
     instructions: dict[str, Exchange] = {}
     contexts: dict[str, list[str]] = {}
     for number in range(queries):
-        turns = exchanges(kind, number, split=split, seed=seed)[-1 if alone else 0 :]
+        examples = random.Random(f"examples/{seed}/{kind}/{number}").randint(least, most)
+        turns = exchanges(kind, number, split=split, seed=seed)[CONTEXTS - examples :]
         ids = [f"{dataset.name}_INS_{len(instructions) + place:06d}" for place in range(len(turns))]
         instructions.update(zip(ids, turns, strict=True))
         contexts[ids[-1]] = ids[:-1]

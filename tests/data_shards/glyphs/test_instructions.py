@@ -18,7 +18,7 @@ from data_shards.glyphs.instructions import (
 from data_shards.glyphs.pictures import POSITIONS, STYLES, load_world
 from data_shards.glyphs.words import ANSWERS, QUESTIONS, held_out_questions, names_of, story, training_questions
 from data_shards.sources.mimic_it import MimicItReader
-from flamingo.document import Image, Text, Video
+from flamingo.document import Text, Video
 from flamingo.errors import FlamingoError
 from flamingo.processing import END_OF_CHUNK
 
@@ -52,19 +52,27 @@ def read(folder, kind):
 
 def test_every_query_becomes_a_document_by_the_table_of_subsets(training):
     """A dataset whose name or ids the reader takes for another subset would show other pictures than its text means."""
-    shown = {"naming": 5 * [Image], "style": 5 * [Image], "position": 5 * [Image], "same": [Video], "sequence": [Video]}
+    pictures = {"naming": {1}, "style": {1}, "position": {1}, "same": {1}, "story": {2, 3}, "sequence": {1}}
+    frames = {"same": 2, "sequence": 3}
     for kind in KINDS:
         _, documents = read(training, kind)
         assert len(documents) == QUERIES, kind
+        least, most = DATASETS[kind].taught_with
         for document in documents:
-            assert len(document.metadata["ids"]) == (1 if DATASETS[kind].taught_alone else CONTEXTS + 1)
-            if kind in shown:
-                assert [type(medium) for medium in document.media] == shown[kind]
-            else:
-                assert 2 * (CONTEXTS + 1) <= len(document.media) <= 3 * (CONTEXTS + 1)
-    frames = {kind: {len(video.frames) for document in read(training, kind)[1] for video in document.media} for kind in
-              ("same", "sequence")}  # fmt: skip
-    assert frames == {"same": {2}, "sequence": {3}}
+            turns = len(document.metadata["ids"])
+            assert least + 1 <= turns <= most + 1
+            assert min(pictures[kind]) * turns <= len(document.media) <= max(pictures[kind]) * turns
+            assert [type(segment) for segment in document.segments if isinstance(segment, Text)] == 2 * turns * [Text]
+            for medium in document.media:
+                assert (len(medium.frames) if isinstance(medium, Video) else 0) == frames.get(kind, 0)
+
+
+def test_training_knows_every_number_of_examples(tmp_path):
+    """A kind that is always taught after examples leaves the model at a loss where there are none."""
+    write_training_instructions(tmp_path, {"style": 30, "naming": 30})
+    contexts = {name: json.loads((tmp_path / f"LA_{name}_train.json").read_text()) for name in ("STYLE", "NAMING")}
+    assert {len(each) for each in contexts["STYLE"].values()} == set(range(CONTEXTS + 1))
+    assert {len(each) for each in contexts["NAMING"].values()} == {CONTEXTS}  # a name is known from examples alone
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,9 +179,9 @@ def test_pictures_in_the_file_are_those_of_their_ids(training):
     assert json.loads(table.schema.metadata[b"pandas"])["index_columns"] == ["__index_level_0__"]
     assert table.column_names == ["base64", "__index_level_0__"]
     _, documents = read(training, "style")
-    made = [turn for number in range(QUERIES) for turn in exchanges("style", number, seed=1)]
-    media = [medium for document in documents for medium in document.media]
-    assert [medium.data for medium in media] == load_world().pngs([turn.pictures[0] for turn in made])
+    for number, document in enumerate(documents):
+        made = exchanges("style", number, seed=1)[-len(document.media) :]
+        assert [medium.data for medium in document.media] == load_world().pngs([turn.pictures[0] for turn in made])
 
 
 def test_files_are_a_function_of_the_seed_alone(training, tmp_path):
