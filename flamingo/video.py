@@ -168,7 +168,7 @@ def _read_animation(picture: PilImage.Image, path: Path, frames: int) -> Video:
 def _read_file(file: BinaryIO, path: Path, frames: int) -> Video:
     av = _pyav(path)
     try:
-        # From an open file, of which only the content says what it is: a playlist may not open what it names.
+        # Playlists may not open what they name: files, addresses.
         with av.open(file, options={"protocol_whitelist": "pipe"}) as container:
             if not container.streams.video or container.format.name == "tty":  # text would be a film of its letters
                 raise FlamingoError(f"{path}: expected a video file, found one without pictures")

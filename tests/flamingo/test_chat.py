@@ -192,13 +192,19 @@ def test_a_streamed_answer_is_the_greedy_one(embedded: Tiny) -> None:
 def test_pieces_hold_no_half_characters() -> None:
     """Catches a replacement character printed for the first bytes of a character, or a space before the end."""
     pieces: list[str] = []
-    words = ["", "caf\N{REPLACEMENT CHARACTER}", "café", "café", "café au"]
+    words = ["", "caf\N{REPLACEMENT CHARACTER}", "café", "café", "café au\N{REPLACEMENT CHARACTER}"]
     streamer = chatting._Streamer(lambda ids: words[len(ids)], pieces.append)
     streamer.put(torch.tensor([[7, 8]]))  # the prompt
     for token in range(4):
         streamer.put(torch.tensor([token]))
     streamer.end()
-    assert pieces == ["caf", "é", " au"]
+    assert pieces == ["caf", "é", " au", "\N{REPLACEMENT CHARACTER}"]  # at the end it is what there is
+
+
+def test_an_answer_has_no_blanks_around_it(tuned: Tiny) -> None:
+    """Catches the space that the spaced form puts before an answer, which the template would then put twice."""
+    ids = tuned[1].tokenizer(f" a cat {END_OF_CHUNK}", add_special_tokens=False).input_ids
+    assert Chat(*tuned)._decode(ids) == "a cat"
 
 
 def test_an_answer_ends_at_the_end_of_its_chunk(embedded: Tiny, calls: list[dict[str, Any]]) -> None:

@@ -201,10 +201,23 @@ def test_a_film_that_breaks_off_is_refused(tmp_path: Path) -> None:
 def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
     """Catches a file that makes the reader open other files, or addresses, that it names."""
     film(tmp_path / "a.ts", 20, "mpeg2video", 5)
-    path = tmp_path / "list.m3u8"
-    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{tmp_path}/a.ts\n#EXT-X-ENDLIST\n")
-    with pytest.raises(FlamingoError, match="list.m3u8: expected a whole video file"):
-        read_video(path)
+    head = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n"
+    (tmp_path / "list.m3u8").write_text(f"{head}file://{tmp_path}/a.ts\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile a.ts\n")
+    for name in ("list.m3u8", "list.ffconcat"):
+        with pytest.raises(FlamingoError, match=rf"{name}: expected a whole video file \(Invalid"):
+            read_video(tmp_path / name)
+
+
+def test_frames_that_are_cut_away_do_not_count(tmp_path: Path) -> None:
+    """Catches frames that no player shows: those before the cut of an edit list, as telephones make them."""
+    path = film(tmp_path / "a.mp4", 50, "libx264", 12)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"elst") + 16  # what it holds: duration, and the time at which the film begins
+    (begins,) = struct.unpack_from(">i", content, start)
+    struct.pack_into(">i", content, start, begins + 10 * 1024)  # ten frames later
+    path.write_bytes(content)
+    assert numbers(read_video(path, 4)) == [10, 23, 36, 49]
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
