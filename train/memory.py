@@ -162,6 +162,7 @@ def _activations(model: FlamingoForConditionalGeneration, recipe: Run) -> float:
     heads = config.cross_attention_heads * config.cross_attention_head_dim
     # Frozen matrices keep no input: norms' inputs, queries, keys, values, what attention gives, and around the GELU.
     layer = tokens * (2 * width * stream + (4 * width + 3 * inner) * product)
+    layer += tokens * _kept_inputs(model) * product
     block = tokens * (8 * width + (2 * heads + (1 + config.cross_attention_ff_mult) * width) * product)
     keys_values = 4 * media * config.resampler_latents * heads * product
     blocks = len(model.cross_attention)
@@ -171,6 +172,15 @@ def _activations(model: FlamingoForConditionalGeneration, recipe: Run) -> float:
         decoder = layers * layer + blocks * block
     logits = tokens * text.vocab_size * product
     return float(decoder + blocks * keys_values + logits + _media_activations(model, media, product))
+
+
+def _kept_inputs(model: FlamingoForConditionalGeneration) -> int:
+    """Width of the inputs that the matrices of a decoder layer keep because they train: adapters, or all of them."""
+    layers = decoder_layers(model.language_model, model.config.decoder_layers)
+    return max(
+        sum(each.in_features for each in layer.modules() if isinstance(each, nn.Linear) and each.weight.requires_grad)
+        for layer in layers
+    )
 
 
 def _media_activations(model: FlamingoForConditionalGeneration, media: int, product: int) -> float:

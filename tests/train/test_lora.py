@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from flamingo import FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor
 from tests.tiny import document, language_configs, tiny_flamingo
 from train import lora
-from train.memory import components
+from train.memory import components, memory_estimate
 from train.optim import build_optimizer
 from train.parallel import store_frozen_in_bfloat16
-from train.recipe import LoraRecipe, OptimizerRecipe
+from train.recipe import LoraRecipe, OptimizerRecipe, Recipe
 
 pytest.importorskip("peft")
 
@@ -133,10 +133,15 @@ def test_which_projections(tmp_path: Path) -> None:
 
 def test_what_the_optimizer_and_the_precision_make_of_adapters(tmp_path: Path) -> None:
     """Catches adapters that decay or have no rate of their own, adapters in bfloat16, and an LM that stays in float32
-    because some of it trains.
+    because some of it trains, and inputs of adapters that no estimate counts.
     """
     model, processor = built(tmp_path, dtype=torch.float32)
+    before = memory_estimate(model, Recipe(), 1)
     lora.add_adapters(model, LoraRecipe(rank=4))
+    after = memory_estimate(model, Recipe(), 1)
+    inputs = 6 * 32 + 64 + 7 * 4  # of the matrices A and B of a layer
+    assert after.activations - before.activations == 2 * (32 * 256) * inputs * 4
+    assert after.gradients > before.gradients
     optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-3, adapter_factor=3.0))
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert len(groups["adapters"]["params"]) == 28
