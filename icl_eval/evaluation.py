@@ -322,8 +322,8 @@ def _outcome(task: Task, pool: Pool, episode: Episode, prompt: Prompt, scores: n
 
 
 def _cell(task: Task, key: CellKey, outcomes: list[Outcome]) -> Cell:
-    predictions = np.array([outcome.prediction for outcome in outcomes])
-    values = METRICS[task.metric](predictions, np.array([outcome.target for outcome in outcomes]))
+    targets = [outcome.target for outcome in outcomes]
+    values = METRICS[task.metric]([outcome.prediction for outcome in outcomes], targets)
     ties = sum(outcome.tied for outcome in outcomes)
     interval = bootstrap_interval(values, seed=task.seed)
     return Cell(task.name, key[0], key[1], float(values.mean()), interval, ties, tuple(outcomes))

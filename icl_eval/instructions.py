@@ -158,7 +158,7 @@ class Shelf:
     """
 
     def __init__(self, items: Sequence[Item], *, answer_mark: bool, spaced: bool):
-        self.form = {"answer_mark": answer_mark, "spaced": spaced}
+        self.answer_mark, self.spaced = answer_mark, spaced
         turns = {turn.key: turn for item in items for turn in (*item.contexts, item.query)}
         self.names = [f"{key}/{place}" for key, turn in turns.items() for place in range(len(turn.media))]
         self.all: list[Medium] = [medium for turn in turns.values() for medium in turn.media]
@@ -175,12 +175,13 @@ class Shelf:
     def chunk(self, turn: Turn, shown: Turn) -> Chunk:
         """A turn with the media of `shown`; without its answer it stays open."""
         indices = (self.places[f"{shown.key}/{place}"] for place in range(len(shown.media)))
-        document = instruction_document([replace(turn, media=shown.media)], **self.form)
+        turns = [replace(turn, media=shown.media)]
+        document = instruction_document(turns, answer_mark=self.answer_mark, spaced=self.spaced)
         return Chunk(tuple(each.text if isinstance(each, Text) else next(indices) for each in document.segments))
 
     def answer(self, text: str) -> str:
         """An answer as it stands after an open turn."""
-        return f" {text}" if self.form["spaced"] else text
+        return f" {text}" if self.spaced else text
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ def evaluate_instructions(
         spaced: see `instruction_document`.
         batch_size: rows of a pass; scores do not depend on it beyond 1e-5, in float32.
         seed: of `random_query`.
-        progress: see `Progress`; called on every rank.
+        progress: see `Progress`; called on every rank, with "instructions" as the task's name.
 
     Raises:
         FlamingoError: what is wrong with an argument, or with an item's number of examples.
@@ -399,7 +400,8 @@ def evaluate_instructions(
         texts = {shelf.answer(text) for item in items for text in item.candidates}
         max_new_tokens = SPARE_TOKENS + max(len(processor.tokenizer(text).input_ids) for text in texts)
     with evaluating(model):
-        run = _Run(Engine(model, processor, batch_size=batch_size), shelf, items, seed, len(asked), progress)
+        times = len(asked) + (len(shots) if generate else 0)
+        run = _Run(Engine(model, processor, batch_size=batch_size), shelf, items, seed, times, progress)
         found = run.rank(asked)
         free = run.generate(shots, beams, max_new_tokens) if generate else {}
     order = {item.id: place for place, item in enumerate(items)}
@@ -407,7 +409,7 @@ def evaluate_instructions(
         key: gathered(run.outcomes(key, found[key], free.get(key)), lambda outcome: order[outcome.id]) for key in asked
     }
     kinds = tuple(dict.fromkeys(item.kind for item in items))
-    settings = {"seed": seed, **form, "beams": beams, "max_new_tokens": max_new_tokens} | {"generate": generate}
+    settings = {"seed": seed, **form, "generate": generate, "beams": beams, "max_new_tokens": max_new_tokens}
     cells = [cell for key in asked for cell in _cells(key, outcomes[key], kinds, seed)]
     return InstructionResults(cells, shots, kinds, settings, time.perf_counter() - start, provenance())
 
@@ -436,7 +438,7 @@ class _Run:
     shelf: Shelf
     items: Sequence[Item]
     seed: int
-    cells: int
+    asked_times: int
     progress: Progress | None
     done: int = 0
 
@@ -472,13 +474,15 @@ class _Run:
         """Free answers to the own items, by cell."""
         keys: list[Key] = [(count, None) for count in shots]
         ladders = [self.ladder(item, keys) for item in self.own]
-        texts = self.engine.generate(self.shelf, ladders, beams=beams, max_new_tokens=max_new_tokens)
+        texts = self.engine.generate(
+            self.shelf, ladders, beams=beams, max_new_tokens=max_new_tokens, progress=self._advance
+        )
         return {key: [row[column] for row in texts] for column, key in enumerate(keys)}
 
     def _advance(self, queries: int) -> None:
         self.done += queries
         if self.progress is not None:
-            self.progress("instructions", self.done, len(self.own) * self.cells)
+            self.progress("instructions", self.done, len(self.own) * self.asked_times)
 
     def outcomes(self, key: Key, scores: Sequence[np.ndarray], answers: Sequence[str] | None) -> list[Outcome]:
         """What the own items came to at a cell."""
