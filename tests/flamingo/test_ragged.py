@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo import Document, FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor, Image, Text, Video
-from flamingo.images import Crop, View, media_pixels
+from flamingo.images import Crop, View, frames_of, media_pixels
 from flamingo.resampler import PerceiverResampler
 from tests.tiny import document, picture, tiny_flamingo
 
@@ -53,14 +53,13 @@ def without_labels(processor: FlamingoProcessor, documents: Any, **options: Any)
 
 
 def test_frames_are_flat_and_in_order(tiny: Tiny) -> None:
-    """Catches padding frames, frames of one medium that land in another, and views that move on within a video."""
+    """Catches padding frames, frames in another order or medium, and views that move on within a video."""
     _, processor = tiny
     media = [film(n, frames) for n, frames in enumerate(FRAMES)]
     views = [View(flip=bool(n % 2), crop=Crop(0.5, 1.0, 0.3, 0.1 * n)) for n in range(len(media))]
     found = media_pixels(media, processor.pixel_settings, views)
-    alone = [
-        media_pixels([medium], processor.pixel_settings, [view]) for medium, view in zip(media, views, strict=True)
-    ]
+    seen = [(frame, view) for medium, view in zip(media, views, strict=True) for frame in frames_of(medium)]
+    alone = [media_pixels([frame], processor.pixel_settings, [view]) for frame, view in seen]
     assert found.shape == (sum(FRAMES), 1, 3, 16, 16)
     assert torch.equal(found[:, 0], torch.cat([each[0] for each in alone]))
     frames = processor.media_frames(media)
