@@ -78,6 +78,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_three_gigabytes_take_three_hundred_megabytes_more_than_thirty(tmp_path: Path) -> None:
     """Catches the same through the command line, with several processes that each hold something."""
     peaks = []
