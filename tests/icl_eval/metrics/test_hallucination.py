@@ -63,12 +63,12 @@ def test_a_model_that_never_says_yes_has_figures() -> None:
 
 def test_mme_counts_a_picture_when_both_its_questions_are_right() -> None:
     """Accuracy+ taken over questions, or a picture's questions told apart by their order."""
-    said = ["Yes.", "yes", "no", "hmm"]
-    score = METRICS["mme"].score(said, ["yes", "no", "no", "yes"], groups=["a", "b", "a", "b"])
+    said, wanted = ["Yes.", "yes", "no", "hmm"], ["yes", "yes", "no", "yes"]
+    score = METRICS["mme"].score(said, wanted, groups=["a", "b", "a", "b"])
     values = {name: figure.value for name, figure in score.figures.items()}
-    assert values == {"accuracy": 0.5, "accuracy_plus": 0.5, "score": 100}
+    assert values == {"accuracy": 0.75, "accuracy_plus": 0.5, "score": 125}
     assert score.details["neither yes nor no"] == "1"
-    assert METRICS["mme"](said, ["yes", "no", "no", "yes"]).tolist() == [1, 0, 1, 0]
+    assert METRICS["mme"](said, wanted).tolist() == [1, 1, 1, 0]
     assert mme_answer("I say no") is None
 
 
