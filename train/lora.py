@@ -13,6 +13,7 @@ Legend: O, I outputs and inputs of a projection, r rank.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
     from train.nf4 import Linear4
+
+# peft imports bitsandbytes, which asks for a kernel that only inference uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ADAPTER = "default"
 """peft's name of the one adapter that there is."""
@@ -65,6 +69,7 @@ def add_adapters(model: FlamingoForConditionalGeneration, recipe: LoraRecipe) ->
         target_modules=pattern_of(names),
         fan_in_fan_out=any(isinstance(lm.get_submodule(name), Conv1D) for name in names),
         task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config.backbones.get("language", {}).get("name"),
     )
     lm.is_loaded_in_4bit = any(module.weight.dtype == torch.uint8 for module in _linear(lm))  # peft asks the model
     inject_adapter_in_model(settings, lm, ADAPTER)

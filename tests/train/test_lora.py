@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,8 @@ def test_merging_in_float32_and_keeping_adapters(tmp_path: Path) -> None:
 
     from peft import PeftModel
 
+    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "language")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "language")
     adapted = PeftModel.from_pretrained(lm, tmp_path / "adapters").eval()
     ids = torch.arange(5, 40)[None]
