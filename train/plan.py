@@ -317,10 +317,17 @@ def open_shard_sets(recipe: Run, faults: list[str]) -> dict[str, ShardSet]:
 
 def to_be_written(recipe: Run, source: SourceRecipe) -> int | None:
     """Documents of a source of the embedded world that the run itself writes first; None of another, or if it has."""
-    glyphs, folder = recipe.data.glyphs, recipe.path(source.shards)
-    if glyphs is None or folder.exists() or folder.parent != recipe.path(glyphs.folder):
+    glyphs, instructions, folder = recipe.data.glyphs, recipe.data.instructions, recipe.path(source.shards)
+    if folder.exists():
         return None
-    return {"naming": glyphs.naming, "episodes": glyphs.episodes}.get(folder.name)
+    if glyphs is not None and folder.parent == recipe.path(glyphs.folder):
+        return {"naming": glyphs.naming, "episodes": glyphs.episodes}.get(folder.name)
+    if instructions is not None and folder.parent == recipe.path(instructions.folder) / "shards":
+        from data_shards.glyphs.instructions import DATASETS  # fonts and pictures, for those who ask for them
+
+        kinds = {dataset.name: kind for kind, dataset in DATASETS.items()}
+        return instructions.queries.get(kinds.get(folder.name, ""))
+    return None
 
 
 def measure(shards: ShardSet, sequences: Sequences, name: str, faults: list[str]) -> Lengths | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from data_shards.convert import ACCOUNT
+from data_shards.convert import ACCOUNT, InstructionOptions, convert_each
 from data_shards.loader import MicroBatches, Source, rank_batches
 from data_shards.order import SHARDS_AT_ONCE
 from data_shards.sequences import Sequences
 from data_shards.shards import ShardSet, open_shards
+from data_shards.sources.mimic_it import MimicItReader
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor, from_backbones
 from flamingo.backbones import backbone_identity
 from flamingo.errors import FlamingoError, command_line
@@ -36,7 +37,7 @@ from train.optim import build_optimizer, build_schedule
 from train.parallel import Processes, prepare, processes
 from train.preemption import Preemption, end
 from train.progress import Progress
-from train.recipe import EMBEDDED, Recipe, Run, from_command_line, packaged
+from train.recipe import EMBEDDED, Recipe, Run, TuneRecipe, from_command_line, packaged
 from train.tracking import METRICS_FILE, Tracker, read_rows
 
 
@@ -120,6 +121,8 @@ def run(training: Training, processes: Processes) -> Path:
     recipe.check(processes.world)
     if recipe.data.glyphs is not None:
         make_glyphs(recipe, processes)
+    if recipe.data.instructions is not None:
+        make_instructions(recipe, processes)
     sources = open_sources(recipe)
     recipe = recipe.settled(numbers_of_documents(sources))
     torch.manual_seed(recipe.seed)
@@ -301,10 +304,47 @@ def make_glyphs(recipe: Run, processes: Processes) -> dict[str, Any]:
     glyphs = recipe.data.glyphs
     assert glyphs is not None
     folder = recipe.path(glyphs.folder)
-    record = folder / "account.json"
     wanted = {"seed": recipe.seed, "naming": glyphs.naming, "episodes": glyphs.episodes}
+    return made_once(
+        folder, wanted, lambda: write_world_shards(folder, **wanted, processes=glyphs.processes), processes
+    )
+
+
+def make_instructions(recipe: Run, processes: Processes) -> dict[str, Any]:
+    """Write the embedded world's instructions in MIMIC-IT's files, and shards of them, as `make_glyphs` does.
+
+    Raises:
+        FlamingoError: where the folder holds instructions of another seed or number, or a kind is unknown.
+    """
+    from data_shards.glyphs.instructions import write_training_instructions
+
+    instructions = recipe.data.instructions
+    assert instructions is not None
+    folder = recipe.path(instructions.folder)
+
+    def make() -> dict[str, Any]:
+        written = write_training_instructions(
+            folder, instructions.queries, seed=recipe.seed, processes=instructions.processes
+        )
+        reader = MimicItReader(str(folder / "mixture.yaml"), spaced=isinstance(recipe, TuneRecipe) and recipe.spaced)
+        options = InstructionOptions(max_tokens=recipe.data.max_tokens, max_media=recipe.data.max_media)
+        convert_each(reader.datasets(), folder / "shards", options, processes=instructions.processes, strict=True)
+        return written
+
+    return made_once(folder, {"seed": recipe.seed, "queries": instructions.queries}, make, processes)
+
+
+def made_once(
+    folder: Path, wanted: dict[str, Any], make: Callable[[], dict[str, Any]], processes: Processes
+) -> dict[str, Any]:
+    """What `make` says of what it wrote into a folder; the main process calls it, where that was never finished.
+
+    Raises:
+        FlamingoError: where the folder holds what was made of something else than `wanted`.
+    """
+    record = folder / ACCOUNT
     if processes.is_main and not record.exists():
-        account = write_world_shards(folder, **wanted, processes=glyphs.processes)
+        account = make()
         write_text(record, json.dumps({"wanted": wanted, "account": account}, indent=1) + "\n")
     processes.wait()
     found = json.loads(record.read_text())

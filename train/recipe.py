@@ -83,6 +83,18 @@ class GlyphsRecipe:
 
 
 @dataclass
+class InstructionsRecipe:
+    """The embedded world's instructions, written and converted before the first step where they are not there yet."""
+
+    folder: str = "{out}/instructions"
+    """where MIMIC-IT's files are written, and the shards of each dataset below `shards`; `{out}`: the run's folder"""
+    queries: dict[str, int] = field(default_factory=dict)
+    """instructions that are asked, of each kind that is to be written (data_shards/glyphs/instructions.py)"""
+    processes: int = 2
+    """processes that write"""
+
+
+@dataclass
 class DataRecipe:
     """What is read."""
 
@@ -116,6 +128,8 @@ class DataRecipe:
     """processes a rank that read ahead; 0 reads in the training process"""
     glyphs: GlyphsRecipe | None = None
     """set: write the embedded world first"""
+    instructions: InstructionsRecipe | None = None
+    """set: write the embedded world's instructions first"""
 
     def shares(self, documents: Mapping[str, int]) -> list[float]:
         """The sources' shares of the samples, where they have so many documents, by name."""
