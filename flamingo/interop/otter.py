@@ -21,7 +21,7 @@ from flamingo.instructions import ANSWER
 from flamingo.interop import open_flamingo
 from flamingo.interop.open_flamingo import NewOutputRows
 from flamingo.modeling import FlamingoForConditionalGeneration
-from flamingo.processing import FlamingoProcessor
+from flamingo.processing import FlamingoProcessor, chat_template
 
 WEIGHTS = ("model", "safetensors"), ("pytorch_model", "bin")
 HEADS = ("cross_attention_heads", "resampler_heads")
@@ -79,6 +79,10 @@ def from_otter(
         options: as in `flamingo.from_backbones`; `extra_tokens` is `<answer>` by default, and nothing for a folder
             whose config.json says that it is no Otter but an OpenFlamingo in Otter's layout.
 
+    Returns:
+        The model and its processor, which asks with `<answer>` if there is one; nothing in a checkpoint says whether
+        with spaces, as released through July 2023: then `chat_template(answer_mark=True, spaced=True)` is the form.
+
     Raises:
         FlamingoError: as `load` and `from_backbones`.
     """
@@ -90,6 +94,8 @@ def from_otter(
         vision, language, **open_flamingo.shape_options(tensors, str(checkpoint), options)
     )
     open_flamingo.put(model, tensors, str(checkpoint), new_output_rows=new_output_rows, replace=True)
+    if ANSWER in options["extra_tokens"]:
+        processor.chat_template = chat_template(answer_mark=True, spaced=False)
     return model, processor
 
 

@@ -28,8 +28,9 @@ from flamingo import (
 from flamingo import chat as chatting
 from flamingo.chat import Chat, main, parse, read_examples
 from flamingo.instructions import ANSWER, Turn, instruction_document
+from flamingo.interop import otter
 from flamingo.processing import CHAT_TEMPLATE, END_OF_CHUNK, VIDEO_MARK, chat_template, render
-from tests.tiny import picture, tiny_flamingo
+from tests.tiny import picture, save_backbones, tiny_flamingo
 
 Tiny = tuple[FlamingoForConditionalGeneration, FlamingoProcessor]
 PACKAGED = "package:data_shards/glyphs/assets/"
@@ -143,6 +144,14 @@ def test_the_form_travels_with_the_processor(tuned: Tiny, tmp_path: Path) -> Non
     assert Chat(tuned[0], loaded).prompt([Turn("what?", None, (A,))]) == f"<image>User: what? GPT:{ANSWER}"
     assert tuned[1].chat_template == CHAT_TEMPLATE == chat_template(answer_mark=False, spaced=False)
     assert ANSWER not in Chat(*tuned).prompt([Turn("what?", "cat"), Turn("and?")])
+
+
+def test_an_otter_is_asked_as_it_was_tuned(tuned: Tiny, tmp_path: Path) -> None:
+    """Catches a checkpoint of Otter, which was tuned elsewhere, that is asked without `<answer>`."""
+    backbones = save_backbones(tmp_path)
+    otter.save(tuned[0], tmp_path / "otter")
+    model, processor = otter.from_otter(tmp_path / "otter", *backbones)
+    assert Chat(model, processor).prompt([Turn("what?")]) == f"User:what? GPT:{ANSWER}"
 
 
 # -- Chat --------------------------------------------------------------------------------------------------------------
