@@ -45,7 +45,7 @@ def flamingo(language: str, frames: int = 0) -> FlamingoForConditionalGeneration
 @pytest.mark.parametrize("language", sorted(LANGUAGES))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("frames", [0, 4])
+@pytest.mark.parametrize("frames", [0, 24])
 def test_activations_are_near_what_is_kept(language: str, precision: str, checkpointing: bool, frames: int) -> None:
     """Catches an estimate that forgets a large tensor, takes a video for an image, or counts what nobody keeps."""
     model = flamingo(language, frames)
