@@ -54,7 +54,7 @@ def is_video(path: str | Path) -> bool:
     Raises:
         FlamingoError: where there is nothing, or nothing that may be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         return True
     with _file(path) as file:
