@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 from flamingo.document import Medium
+from flamingo.errors import FlamingoError
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,72 @@ class DataSet(Protocol):
         Raises:
             FlamingoError: it is not there; it names the file.
         """
+
+
+DATASETS: dict[str, tuple[str, str]] = {
+    "clevr_counting": ("icl_eval.datasets.vl_icl", "ClevrCounting"),
+    "coco": ("icl_eval.datasets.captions", "Coco"),
+    "coco_photos": ("icl_eval.datasets.captions", "CocoPhotos"),
+    "digits": ("icl_eval.datasets.embedded", "Digits"),
+    "fashion": ("icl_eval.datasets.fashion", "FashionSprite"),
+    "flickr30k": ("icl_eval.datasets.captions", "Flickr30k"),
+    "glyphs": ("icl_eval.datasets.embedded", "Glyphs"),
+    "hateful_memes": ("icl_eval.datasets.hateful_memes", "HatefulMemes"),
+    "imagenet": ("icl_eval.datasets.imagenet", "ImageNet"),
+    "nlvr": ("icl_eval.datasets.nlvr", "Nlvr"),
+    "okvqa": ("icl_eval.datasets.vqa", "OkVqa"),
+    "omniglot": ("icl_eval.datasets.omniglot", "Omniglot"),
+    "open_miniimagenet": ("icl_eval.datasets.vl_icl", "OpenMiniImageNet"),
+    "operator_induction": ("icl_eval.datasets.vl_icl", "OperatorInduction"),
+    "operator_induction_interleaved": ("icl_eval.datasets.vl_icl", "OperatorInductionInterleaved"),
+    "pope": ("icl_eval.datasets.pope", "Pope"),
+    "scienceqa": ("icl_eval.datasets.scienceqa", "ScienceQa"),
+    "textocr": ("icl_eval.datasets.vl_icl", "TextOcr"),
+    "textvqa": ("icl_eval.datasets.vqa", "TextVqa"),
+    "vizwiz": ("icl_eval.datasets.vqa", "VizWiz"),
+    "vqav2": ("icl_eval.datasets.vqa", "VqaV2"),
+}
+"""Module and class of each data set, by the name that tasks give, which is also its folder's."""
+
+OWN = ("icl_eval.datasets.own", "Own")
+"""Module and class of questions of one's own, in a folder of any name."""
+
+OTHER_FOLDERS = {
+    "clevr_counting": ("clevr",),
+    "fashion": ("fashion_sprite",),
+    "nlvr": ("nlvr_dev",),
+    "omniglot": ("omniglot_background",),
+    "open_miniimagenet": ("open_mi",),
+    "scienceqa": ("ScienceQA",),
+    "textvqa": ("textvqa_val",),
+}
+"""Further names of folders, under which data sets are published or were cut for tests."""
+
+
+def folder_of(name: str, root: Path) -> Path:
+    """A data set's folder below `root`: the first that is there of its name and `OTHER_FOLDERS`, else of its name."""
+    folders = [Path(root) / folder for folder in (name, *OTHER_FOLDERS.get(name, ()))]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def load_dataset(name: str, root: Path) -> DataSet:
+    """A data set in its folder below `root`, of which nothing is read yet.
+
+    Args:
+        name: one of `DATASETS`, or a folder below `root` (or any folder's path) of questions of one's own
+            (`icl_eval.datasets.own`).
+        root: the folder in which the folders of data sets are.
+
+    Raises:
+        FlamingoError: it is neither.
+    """
+    folder = folder_of(name, root)
+    if name not in DATASETS and not any(folder.glob("*.jsonl")):
+        close = difflib.get_close_matches(name, DATASETS, n=1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        known = ", ".join(DATASETS)
+        raise FlamingoError(
+            f"data set {name!r}{meant}: expected one of {known}, or {folder} with .jsonl files of your own"
+        )
+    module, kind = DATASETS.get(name, OWN)
+    return cast(DataSet, getattr(import_module(module), kind)(folder))
