@@ -162,10 +162,9 @@ def test_broken_archives_are_named(name: str, tmp_path: Path) -> None:
 
 def test_problems_of_a_folder(tmp_path: Path) -> None:
     """A check that passes where files are missing, broken, or no images."""
-    assert problems("pope", tmp_path) == [
-        f"{tmp_path}/pope: no such folder, expected coco_pope_*.json (questions: random, popular, adversarial; or in "
-        "coco/); val2014/COCO_val2014_*.jpg (images; or in ../coco/)"
-    ]
+    (said,) = problems("pope", tmp_path)
+    assert said.startswith(f"{tmp_path}/pope: no such folder, expected coco_pope_*.json (questions: ")
+    assert "; val2014/COCO_val2014_*.jpg (images; " in said
     row = {"question_id": 1, "image": "COCO_val2014_000000000001.jpg", "text": "?", "label": "no"}
     write_lines(tmp_path / "pope" / "coco_pope_random.json", [row])
     missing = problems("pope", tmp_path, ["random"])
