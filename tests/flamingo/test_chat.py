@@ -284,7 +284,7 @@ EXAMPLES = [
 def write_examples(folder: Path) -> tuple[Path, Path]:
     """The same examples as JSON and as YAML, in a folder beside their media."""
     (folder / "clip").mkdir(parents=True)
-    for name, image in (("a.png", A), ("b.png", B), ("clip/1.png", B), ("clip/2.png", A)):
+    for name, image in (("a.png", A), ("b.png", B), ("clip/1.png", B), ("clip/2.png", A), ("clip/3.png", C)):
         (folder / name).write_bytes(image.data)
     (folder / "examples.json").write_text(json.dumps(EXAMPLES))
     lines = [f"- {json.dumps(example)}" for example in EXAMPLES]
@@ -386,12 +386,25 @@ def test_examples_come_first_and_in_order(
     more = tmp_path / "shots" / "more.yaml"
     more.write_text('- {question: "which?", answer: the last}')
     clip, image = tmp_path / "shots" / "clip", tmp_path / "shots" / "b.png"
-    words = ("--example", file, "--example", more, "--video", clip, "--image", image, "--max-new-tokens", 3)
+    words = (
+        "--example",
+        file,
+        "--example",
+        more,
+        "--video",
+        clip,
+        "--image",
+        image,
+        "--frames",
+        2,
+        "--max-new-tokens",
+        3,
+    )
     code, _, err = run("--model", saved / "whole", *words, lines=["what is it?", "/reset", "who?"])
     assert (code, err) == (0, "")
     chat = Chat(*embedded)
     examples = [*read_examples(file), Turn("which?", "the last")]
-    asked = [Turn("what is it?", None, (Video((B, A)), B))], [Turn("who?")]
+    asked = [Turn("what is it?", None, (Video((B, C)), B))], [Turn("who?")]
     texts = [chat.prompt([*examples, *turns]).replace(VIDEO_MARK, "<image>") for turns in asked]
     ids = embedded[1].tokenizer(texts, add_special_tokens=False).input_ids
     assert [call["input_ids"][0][1:].tolist() for call in calls] == ids
