@@ -11,6 +11,8 @@ row ever holds padding between its tokens, which an LM with convolutions or recu
 
 The score of a candidate is the log-likelihood, given the prompt, of all its tokens, `<|endofchunk|>` the last.
 
+What an evaluation needs of a model is `Answerer`: to rank and to generate. `Engine` does so for ours.
+
 Legend: B rows of a pass, T tokens of a pass, P pairs of a query and a candidate answer.
 """
 
@@ -43,6 +45,7 @@ from flamingo.products import fast_products
 
 ENCODED_AT_ONCE = 256  # images, or frames of videos, of one pass through the vision tower
 CACHED_TOKENS = 2**13  # rows × tokens that a cache is copied to, so that candidates are read side by side
+TIE = 1e-4  # nats: closer scores count as equal, since they may change order with the batch
 JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
@@ -141,6 +144,32 @@ class Asked:
     answers: tuple[tuple[int, ...], ...]
     place: tuple[int, int]
     """number of its ladder, and its number there"""
+
+
+class Answerer(Protocol):
+    """All that an evaluation needs of a model. `Engine` has it for ours, `icl_eval.peers` for those of others."""
+
+    def rank(
+        self,
+        library: Library,
+        ladders: Sequence[Ladder],
+        *,
+        normalise: str = "sum",
+        top_k: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[np.ndarray]]:
+        """Log-likelihoods of the answers of every ladder's every query; see `Engine.rank`."""
+
+    def generate(
+        self,
+        library: Library,
+        ladders: Sequence[Ladder],
+        *,
+        max_new_tokens: int,
+        beams: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[str]]:
+        """What it answers to every ladder's every query; see `Engine.generate`."""
 
 
 @dataclass(frozen=True)
@@ -407,13 +436,7 @@ class Engine:
 
     def _answer(self, key: str, chunk: Chunk, answer: str) -> tuple[int, ...]:
         """Ids of an answer as they stand after its prompt."""
-        prompt, ids = self.tokens(chunk), self.tokens(chunk, answer)
-        if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-            raise FlamingoError(
-                f"{key}: the tokens of the prompt {chunk.text!r} are no prefix of those of prompt and answer "
-                f"{chunk.text + answer!r}; end the prompt where a token ends"
-            )
-        return ids[len(prompt) :]
+        return answer_tokens(key, chunk, answer, self.tokens(chunk), self.tokens(chunk, answer))
 
     def check_tokens(self, ladder: Ladder, encoded: Encoded) -> None:
         """Refuse a tokenizer that reads chunks differently alone and in a row.
@@ -446,6 +469,7 @@ class Engine:
         ladders: Sequence[Ladder],
         *,
         normalise: str = "sum",
+        top_k: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[np.ndarray]]:
         """Log-likelihoods of the answers of every ladder's every query, each (answers,) float64, in nats.
@@ -454,6 +478,8 @@ class Engine:
             library: where the media are.
             ladders: to score; any order and mixture.
             normalise: "sum" over the tokens of an answer, or their "mean".
+            top_k: the scores of the so many best answers are wanted alone, and of what is tied with the last of them
+                (`TIE`): those are exact, all others −inf. None: all scores.
             progress: called with the number of queries done since its last call.
 
         Raises:
@@ -467,7 +493,7 @@ class Engine:
                 for each, row in zip(asked, self._score(prefix, logits, [each.answers for each in asked]), strict=True):
                     ladder, place = each.place
                     lengths = [len(ids) for ids in each.answers]
-                    scores[ladder][place] = row / lengths if normalise == "mean" else row
+                    scores[ladder][place] = best_only(row / lengths if normalise == "mean" else row, top_k)
                 if progress is not None:
                     progress(len(batch))
         return scores
@@ -714,6 +740,28 @@ class Engine:
         known = expected.isfinite()  # −inf: ids that no token has
         noise = 100 * torch.finfo(expected.dtype).eps * expected[known].abs().max()
         return bool((found - expected)[known].abs().max() <= noise)
+
+
+def answer_tokens(key: str, chunk: Chunk, answer: str, prompt: Sequence[int], whole: Sequence[int]) -> tuple[int, ...]:
+    """Ids of an answer as they stand after its prompt: what `whole`, prompt and answer, has more than `prompt`.
+
+    Raises:
+        FlamingoError: where a prompt is no prefix of the whole; it names both.
+    """
+    if list(whole[: len(prompt)]) != list(prompt) or len(whole) == len(prompt):
+        raise FlamingoError(
+            f"{key}: the tokens of the prompt {chunk.text!r} are no prefix of those of prompt and answer "
+            f"{chunk.text + answer!r}; end the prompt where a token ends"
+        )
+    return tuple(whole[len(prompt) :])
+
+
+def best_only(scores: np.ndarray, top_k: int | None) -> np.ndarray:
+    """Scores of the `top_k` best, and of what is at most `TIE` below them; −inf for the others. None: all scores."""
+    if top_k is None or top_k >= len(scores):
+        return scores
+    least = np.partition(scores, -top_k)[-top_k] - TIE
+    return np.where(scores >= least, scores, -np.inf)
 
 
 def answer_text(processor: FlamingoProcessor, ids: Sequence[int]) -> str:

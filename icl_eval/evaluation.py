@@ -24,13 +24,12 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Episode, check_shots, draw_episode
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, Prompt, plain, under_control
-from icl_eval.engine import Chunk, Engine, Ladder, Query
+from icl_eval.engine import TIE, Chunk, Engine, Ladder, Query
 from icl_eval.metrics import METRICS, bootstrap_interval
 from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import HELD_OUT, Task, load_task
 
 SCHEMA = 1
-TIE = 1e-4  # nats: closer scores count as equal, since they may change order with the batch
 PACKAGES = ("flamingo-icl", "torch", "transformers", "tokenizers", "numpy", "pillow")
 
 T = TypeVar("T")

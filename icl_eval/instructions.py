@@ -40,8 +40,8 @@ from flamingo.instructions import ANSWER, Turn, instruction_document
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import generator
-from icl_eval.engine import Chunk, Engine, Ladder, Query
-from icl_eval.evaluation import TIE, Progress, decide, evaluating, gathered, provenance, share
+from icl_eval.engine import TIE, Chunk, Engine, Ladder, Query
+from icl_eval.evaluation import Progress, decide, evaluating, gathered, provenance, share
 from icl_eval.metrics.bootstrap import LEVEL, bootstrap_interval, draws
 from icl_eval.metrics.classification import exact_match
 
