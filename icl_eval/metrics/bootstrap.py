@@ -48,21 +48,47 @@ def bootstrap(
     Args:
         figures: see `Figures`.
         queries: Q.
-        groups: of each query, what it hangs together with (its picture); whole groups are drawn, since queries about
-            one picture are no independent evidence. None: each query by itself.
+        groups: see `resampled`.
         level: share of the resampled figures inside the interval.
         resamples: how often the queries are drawn anew.
         seed: of those draws.
 
     Resamples in which a figure is undefined (an AUC of one class alone) do not count towards its interval.
     """
+    rows = resampled(figures, queries, groups=groups, resamples=resamples, seed=seed)
+    return percentiles(rows, level)
+
+
+def resampled(
+    figures: Figures,
+    queries: int,
+    *,
+    groups: Sequence[object] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """Figures of any kind in each resample: (R, K).
+
+    Args:
+        figures: see `Figures`.
+        queries: Q.
+        groups: of each query, what it hangs together with (its picture); whole groups are drawn, since queries about
+            one picture are no independent evidence. None: each query by itself.
+        resamples: R, how often the queries are drawn anew.
+        seed: of those draws.
+    """
     if groups is None:
         rows = [figures(weights) for weights in draws(queries, resamples=resamples, seed=seed)]
     else:
         member = np.unique(_labels(groups, queries), return_inverse=True)[1]
         rows = [figures(weights[:, member]) for weights in draws(int(member.max()) + 1, resamples=resamples, seed=seed)]
+    return np.concatenate(rows)
+
+
+def percentiles(rows: np.ndarray, level: float = LEVEL) -> np.ndarray:
+    """(R, K) resampled figures → (K, 2) ends of the interval that holds `level` of them; NaN is left out."""
     tail = (1 - level) / 2
-    return np.nanquantile(np.concatenate(rows), [tail, 1 - tail], axis=0).T
+    return np.nanquantile(rows, [tail, 1 - tail], axis=0).T
 
 
 def bootstrap_interval(
@@ -80,7 +106,7 @@ def bootstrap_interval(
         level: share of the resampled means inside the interval.
         resamples: how often the episodes are drawn anew, with replacement.
         seed: of those draws.
-        groups: see `bootstrap`.
+        groups: see `resampled`.
 
     Returns:
         Lower and upper end, in the unit of `values`.

@@ -112,7 +112,7 @@ class Metric:
         Raises:
             FlamingoError: a single query has no value under this metric, or the input is not of its kind.
         """
-        per_item = self._prepared(predictions, targets, None).per_item
+        per_item = self.prepared(predictions, targets).per_item
         if per_item is None:
             raise FlamingoError(f"metric {self.name}: a single query has no value; expected a call of `score`")
         return per_item
@@ -132,7 +132,7 @@ class Metric:
         Args:
             predictions: Q of the kind `takes`.
             targets: Q of the kind `targets`.
-            groups: of each query, the picture that it asks about: see `bootstrap`.
+            groups: of each query, the picture that it asks about: see `resampled` in bootstrap.py.
             level: of the intervals.
             resamples: of the bootstrap; 0: no intervals.
             seed: of the bootstrap's draws.
@@ -142,7 +142,7 @@ class Metric:
         """
         if self.grouped and groups is None:
             raise FlamingoError(f"metric {self.name}: no groups, expected the picture of each query")
-        prepared = self._prepared(predictions, targets, groups)
+        prepared = self.prepared(predictions, targets, groups)
         queries = len(predictions)
         values = prepared.figures(np.ones((1, queries)))[0]
         intervals: list[tuple[float, float] | None] = [None] * len(values)
@@ -160,7 +160,14 @@ class Metric:
         details = {**prepared.details, "interval": f"percentile bootstrap, {resamples} draws of {unit}, level {level}"}
         return Score(self.name, figures, prepared.per_item, queries, details)
 
-    def _prepared(self, predictions: Sequence[Any], targets: Sequence[Any], groups: Sequence[Any] | None) -> Prepared:
+    def prepared(
+        self, predictions: Sequence[Any], targets: Sequence[Any], groups: Sequence[Any] | None = None
+    ) -> Prepared:
+        """The answers to a cell, checked, ready to be scored under any weights of its queries.
+
+        Raises:
+            FlamingoError: the input is not of this metric's kind; the query's place is named.
+        """
         if len(predictions) != len(targets) or not len(predictions):
             found = f"{len(predictions)} predictions and {len(targets)} targets"
             raise FlamingoError(f"metric {self.name}: {found}, expected as many of both, and at least one")
