@@ -1,4 +1,8 @@
-"""Data sets to evaluate on, in the files in which they are published: a small reader each, from a local folder."""
+"""Data sets to evaluate on, in the files in which they are published: a small reader each, from a local folder.
+
+Reading order: this file, reading.py (what readers share), captions.py, vqa.py, hateful_memes.py, pope.py, scienceqa.py,
+nlvr.py, imagenet.py, omniglot.py, fashion.py, vl_icl.py, own.py, embedded.py, checking.py.
+"""
 
 from __future__ import annotations
 

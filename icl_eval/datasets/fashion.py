@@ -13,8 +13,7 @@ from PIL import Image as PilImage
 from flamingo.document import Image
 from flamingo.errors import FlamingoError
 from icl_eval.datasets import Example
-from icl_eval.datasets.omniglot import png
-from icl_eval.datasets.reading import LocalDataSet
+from icl_eval.datasets.reading import LocalDataSet, png
 
 
 class Sprite(LocalDataSet):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import math
 import re
 import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import IO, ClassVar
 
 import numpy as np
-from PIL import Image as PilImage
 
 from flamingo.document import Image
 from flamingo.errors import FlamingoError
 from icl_eval.datasets import Example
-from icl_eval.datasets.reading import LocalDataSet, Tree, open_tree
+from icl_eval.datasets.reading import BROKEN_ZIP, LocalDataSet, Tree, open_tree, png
 
 _DRAWING = re.compile(r"(\d{4})_(\d{2})")
 
@@ -76,23 +75,9 @@ class DrawingsArray:
         """uint8 (classes, drawers, height, ⌈width / 8⌉), and the width."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("images.npy") as file:
-                version = np.lib.format.read_magic(file)
-                header = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shape, fortran, dtype = header(file)
-                if len(shape) != 4 or fortran or dtype not in (np.bool_, np.uint8):
-                    raise FlamingoError(f"{self.path}: images {dtype} {shape}, expected bool (classes, 20, 105, 105)")
-                size = int(np.prod(shape[1:]))
-                packed = [
-                    np.packbits(np.frombuffer(file.read(size), np.uint8).reshape(shape[1:]) > 0, axis=-1)
-                    for _ in range(shape[0])
-                ]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            if isinstance(error, FlamingoError):
-                raise
-            raise FlamingoError(f"{self.path}: expected an npz file with an array images ({error})") from error
-        return np.stack(packed), shape[3]
+                return _packed_array(file)
+        except (*BROKEN_ZIP, ValueError) as error:
+            raise FlamingoError(f"{self.path}: expected an npz file of drawings ({error})") from error
 
     def names(self) -> list[str]:
         """See `Tree`."""
@@ -110,8 +95,17 @@ class DrawingsArray:
         return png(white * np.uint8(255))
 
 
-def png(levels: np.ndarray) -> bytes:
-    """Grey levels uint8 (H, W) as a PNG file."""
-    buffer = io.BytesIO()
-    PilImage.fromarray(levels).save(buffer, "PNG")
-    return buffer.getvalue()
+def _packed_array(file: IO[bytes]) -> tuple[np.ndarray, int]:
+    """The drawings of an npy file, packed class by class, and their width.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(file)
+    if len(shape) != 4 or 0 in shape or fortran or dtype not in (np.bool_, np.uint8):
+        raise ValueError(f"images is {dtype} {shape}, not bool (classes, 20, 105, 105)")
+    one = shape[1:]
+    classes = (np.frombuffer(file.read(math.prod(one)), np.uint8).reshape(one) for _ in range(shape[0]))
+    return np.stack([np.packbits(drawings > 0, axis=-1) for drawings in classes]), shape[3]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import ijson
+import numpy as np
+from PIL import Image as PilImage
 
 from data_shards.faults import SampleError
 from data_shards.members import is_unsafe
@@ -257,6 +261,10 @@ def open_tree(path: Path) -> Tree:
     return ZipTree(path) if path.suffix.lower() == ".zip" else TarTree(path)
 
 
+BROKEN_ZIP = (KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""what zipfile raises where a file is not in a zip, or one is cut, changed or encrypted"""
+
+
 @dataclass(frozen=True)
 class FolderTree:
     """The images below a folder."""
@@ -287,7 +295,7 @@ class ZipTree:
     def _file(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except BROKEN_ZIP as error:
             raise FlamingoError(f"{self.path}: expected a zip file ({error})") from error
 
     def names(self) -> list[str]:
@@ -298,7 +306,7 @@ class ZipTree:
         """See `Tree`."""
         try:
             return self._file.read(name)
-        except (KeyError, OSError, zipfile.BadZipFile, RuntimeError) as error:
+        except BROKEN_ZIP as error:
             raise FlamingoError(f"{self.path}/{name}: expected a whole file in this zip ({error})") from error
 
 
@@ -334,3 +342,10 @@ class TarTree:
 def _is_image(name: str) -> bool:
     stem, _, suffix = name.rpartition("/")[2].rpartition(".")
     return not stem.startswith(".") and bool(stem) and suffix.lower() in IMAGE_SUFFIXES
+
+
+def png(levels: np.ndarray) -> bytes:
+    """Grey levels uint8 (H, W) as a PNG file."""
+    buffer = io.BytesIO()
+    PilImage.fromarray(levels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -152,14 +152,37 @@ def test_omniglots_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, shape, message", [("images", (2, 3, 4), "expected bool"), ("data", (1, 1, 1, 1), "arra")]
+    "key, shape, found",
+    [
+        ("images", (2, 3, 4), r"bool \(2, 3, 4\)"),
+        ("images", (0, 20, 5, 5), r"bool \(0, 20, 5, 5\)"),
+        ("data", (1, 1, 1, 1), r"no item named 'images\.npy'"),
+    ],
 )
-def test_another_array_is_refused(key: str, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+def test_another_array_is_refused(key: str, shape: tuple[int, ...], found: str, tmp_path: Path) -> None:
     """Another npz of that name, read as drawings."""
     (tmp_path / "omniglot").mkdir()
     np.savez(tmp_path / "omniglot" / "images_background.npz", **{key: np.zeros(shape, bool)})
-    with pytest.raises(FlamingoError, match=rf"images_background\.npz.*{message}"):
+    with pytest.raises(FlamingoError, match=rf"images_background\.npz: expected an npz file of drawings .*{found}"):
         load_dataset("omniglot", tmp_path).examples("background")
+
+
+@pytest.mark.parametrize("name", ["images_background.npz", "images_background.zip"])
+def test_a_download_that_was_changed_is_named(name: str, tmp_path: Path) -> None:
+    """A damaged archive that raises zlib's own error, which names no file."""
+    (tmp_path / "omniglot").mkdir()
+    path = tmp_path / "omniglot" / name
+    if path.suffix == ".npz":
+        np.savez_compressed(path, images=np.random.default_rng(0).random((9, 20, 50, 50)) > 0.5)
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("images_background/A/character01/0001_01.png", bytes(range(256)) * 99)
+    data = bytearray(path.read_bytes())
+    data[100:120] = b"\xff" * 20
+    path.write_bytes(data)
+    dataset = load_dataset("omniglot", tmp_path)
+    with pytest.raises(FlamingoError, match=name.replace(".", r"\.")):
+        dataset.medium(dataset.examples("background")[0].media[0])
 
 
 def test_real_omniglot(real_data: Path) -> None:
