@@ -88,7 +88,7 @@ def render(document: Document, rules: str = "flamingo") -> tuple[str, list[tuple
     """A document as text with marks, and the spans (start, end, supervised) of which it consists.
 
     Every medium becomes `<image>`. The mark `<|endofchunk|>` counts in the loss where the text before it does; a text
-    that already ends with it gets no second one.
+    that already ends with it, white space behind it aside, gets no second one.
 
     Args:
         rules: "flamingo": a chunk of text is closed by `<|endofchunk|>` where a medium follows, and at the end of a
@@ -118,7 +118,7 @@ def _parts(document: Document) -> list[tuple[str, bool]]:
         if isinstance(segment, Text):
             if segment.text:
                 parts.append((segment.text, segment.supervised))
-                chunk_open, supervised = not segment.text.endswith(END_OF_CHUNK), segment.supervised
+                chunk_open, supervised = not segment.text.rstrip().endswith(END_OF_CHUNK), segment.supervised
             continue
         if chunk_open:
             parts.append((END_OF_CHUNK, supervised))

@@ -44,6 +44,7 @@ from flamingo.processing import END_OF_CHUNK, FlamingoProcessor
 from flamingo.products import fast_products
 
 ENCODED_AT_ONCE = 256  # images, or frames of videos, of one pass through the vision tower
+KNOWN_CHUNKS = 2**16  # of which the tokens are kept: questions and captions recur, but there may be any number
 CACHED_TOKENS = 2**13  # rows × tokens that a cache is copied to, so that candidates are read side by side
 TIE = 1e-4  # nats: closer scores count as equal, since they may change order with the batch
 JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
@@ -61,9 +62,13 @@ class Library(Protocol):
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is read between two `<|endofchunk|>`: texts, and media as indices into a library, in reading order."""
+    """What is read between two `<|endofchunk|>`: texts, and media as indices into a library, in reading order.
+
+    `separator` is the white space that stands between its `<|endofchunk|>` and the next chunk.
+    """
 
     parts: tuple[int | str, ...]
+    separator: str = ""
 
     @property
     def media(self) -> tuple[int, ...]:
@@ -82,7 +87,7 @@ class Chunk:
         made: list[Segment] = [Text(part) if isinstance(part, str) else next(filled) for part in parts]
         last = made[-1] if made else None
         if answer is not None and isinstance(last, Text) and last.text and not last.text.endswith(END_OF_CHUNK):
-            made.append(Text(END_OF_CHUNK))
+            made.append(Text(END_OF_CHUNK + self.separator))
         return made
 
 
@@ -403,8 +408,10 @@ class Engine:
 
     def tokens(self, chunk: Chunk, answer: str | None = None) -> tuple[int, ...]:
         """Ids of a chunk; with an answer (or "") closed by `<|endofchunk|>`."""
-        key = (tuple(part if isinstance(part, str) else None for part in chunk.parts), answer)
+        key = (tuple(part if isinstance(part, str) else None for part in chunk.parts), chunk.separator, answer)
         if key not in self.known:
+            if len(self.known) >= KNOWN_CHUNKS:
+                self.known.clear()
             segments = chunk.segments([Image(b"")] * len(chunk.media), answer)
             document = Document(tuple(segments), complete=False)
             self.known[key] = tuple(self.processor.encode(document, bos=False).input_ids)
