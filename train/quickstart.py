@@ -1,4 +1,4 @@
-"""`flamingo-quickstart`: from nothing to a few-shot score: shards → pretraining → evaluation → report.
+"""`flamingo-quickstart`: from nothing to a few-shot score: shards → pretraining → tuning → evaluation → report.
 
 Everything of a run is in its folder. Run again, it keeps what is finished and goes on with the rest; with another seed
 it first moves the folder's run aside.
@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,26 @@ from transformers.utils import logging
 
 from flamingo.errors import FlamingoError, command_line
 from flamingo.files import write_text
+from icl_eval.comparison import comparison_table
 from icl_eval.diagnostics import CONTROLS
-from icl_eval.evaluation import Results, evaluate, summary
+from icl_eval.evaluation import Progress, Results, evaluate, summary
+from icl_eval.instructions import InstructionResults, Item, evaluate_instructions, load_instructions
 from icl_eval.report import write_report
 from icl_eval.run import identity as model_identity
 from icl_eval.run import load, table
 from icl_eval.tasks import load_task
 from train.parallel import Processes, processes
-from train.pretrain import make_glyphs, pretrain
+from train.pretrain import made_once, make_glyphs, make_instructions, pretrain
 from train.progress import Stages
-from train.recipe import EMBEDDED, Recipe, from_command_line, packaged
+from train.recipe import EMBEDDED, Recipe, TuneRecipe, from_command_line, packaged
 from train.tracking import METRICS_FILE, read_rows
+from train.tune import tune
 
 TASKS = ("glyphs_5way", "glyphs_2way", "scripts_5way", "digits_5way", "digits_2way", "naming")
-STAGES = ("backbones", "shards", "pretraining", "evaluation", "report")
+KEPT = ("glyphs_5way", "naming")
+"""tasks that the tuned model is asked too: what pretraining taught is to stay"""
+STAGES = ("backbones", "shards", "pretraining", "instructions", "tuning", "evaluation", "report")
+UNTUNED, TUNED = "untuned", "tuned"
 
 
 @dataclass
@@ -54,19 +60,43 @@ class Quickstart(Recipe):
     """processes that train and evaluate, at most one a core; the losses do not depend on it"""
     eval_batch: int = 128
     """queries that are evaluated at once; scores do not depend on it"""
+    tuning: str = "package:train/recipes/embedded_tune.yaml"
+    """recipe that the pretrained model is tuned by on instructions; empty: it is not tuned"""
+    tuning_steps: int | None = None
+    """instead of that recipe's steps"""
+    instructions: int = 200
+    """held-out instructions of each kind that both models are asked"""
 
     def check(self, processes: int = 1) -> None:
         """As `Recipe.check`, for what the quickstart adds too."""
         super().check(processes)
-        for name in ("episodes", "processes", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise FlamingoError(f"{name}={getattr(self, name)}: expected a positive number")
+        positive = {name: getattr(self, name) for name in ("episodes", "processes", "eval_batch", "instructions")}
+        positive["tuning_steps"] = 1 if self.tuning_steps is None else self.tuning_steps
+        for name, number in positive.items():
+            if number < 1:
+                raise FlamingoError(f"{name}={number}: expected a positive number")
+        if (tuning := self.tune_recipe()) is not None:
+            tuning.check(processes)
+
+    def tune_recipe(self) -> TuneRecipe | None:
+        """The recipe of tuning, in a folder within this run's; None where there is none.
+
+        Raises:
+            FlamingoError: where its file is missing or wrong.
+        """
+        if not self.tuning:
+            return None
+        file = packaged(self.tuning) if self.tuning.startswith("package:") else self.tuning
+        recipe = from_command_line(TuneRecipe, [f"--config={file}"])
+        steps = recipe.steps if self.tuning_steps is None else self.tuning_steps
+        return replace(recipe, out=str(Path(self.out, TUNED)), seed=self.seed, steps=steps, tracking=self.tracking)
 
 
 def quickstart(recipe: Quickstart, group: Processes) -> None:
     """Run all stages; every process of the group calls this."""
-    out = Path(recipe.out)
-    names = [stage for stage in STAGES if recipe.from_scratch or stage != "backbones"]
+    out, tuning = Path(recipe.out), recipe.tune_recipe()
+    left_out = {"backbones": not recipe.from_scratch, "instructions": tuning is None, "tuning": tuning is None}
+    names = [stage for stage in STAGES if not left_out.get(stage)]
     with Stages(names, enabled=group.is_main) as stages:
         if recipe.from_scratch:
             recipe = with_own_backbones(recipe, stages, group)
@@ -74,31 +104,24 @@ def quickstart(recipe: Quickstart, group: Processes) -> None:
             account = make_glyphs(recipe, group)
             stages.note(str(recipe.path("{out}/shards")))
         with timed(stages, "pretraining", out, group):
-            model_folder = pretrain(recipe, group)
-            stages.note(str(model_folder))
-        if is_evaluated(out, model_folder, recipe):
+            models = {UNTUNED: pretrain(recipe, group)}
+            stages.note(str(models[UNTUNED]))
+        if tuning is not None:
+            models[TUNED] = tuned(recipe, tuning, stages, group)
+        if is_evaluated(out, models, recipe):
             stages.keep("evaluation", str(out / "results.json"))
             stages.keep("report", str(out / "report.html"))
             return
         with timed(stages, "evaluation", out, group, anew=True):
-            results = score(recipe, model_folder, stages, group)
+            scores = score(recipe, models, stages, group)
         if not group.is_main:
             return
-        results.save(out)
         with timed(stages, "report", out, group, anew=True):
-            write_report(
-                out / "report.html",
-                results=results,
-                training_log=read_rows(out / METRICS_FILE),
-                account=account,
-                timings=read_seconds(out),
-                title=f"Quickstart, seed {recipe.seed}",
-                facts={"recipe": recipe.as_dict()},
-            )
-        found = {"seed": recipe.seed, "episodes": recipe.episodes, "seconds": read_seconds(out)}
-        model = results.facts["model"]["sha256"]
-        write_text(out / "summary.json", json.dumps({**found, **summary(results), "model": model}, indent=1) + "\n")
-    get_console().print(table(results))
+            report(recipe, scores, account)
+        write_text(out / "summary.json", json.dumps(summarised(recipe, scores), indent=1) + "\n")
+    get_console().print(table(scores.tasks))
+    if scores.instructions:
+        get_console().print(comparison_table(scores.instructions))
 
 
 @contextmanager
@@ -185,30 +208,147 @@ def with_own_backbones(recipe: Quickstart, stages: Stages, group: Processes) -> 
     return replace(recipe, model=own)
 
 
-def score(recipe: Quickstart, model_folder: Path, stages: Stages, group: Processes) -> Results:
-    """All tasks at all shots, and the controls."""
-    model, processor = load(str(model_folder), str(group.device))
+def tuned(recipe: Quickstart, tuning: TuneRecipe, stages: Stages, group: Processes) -> Path:
+    """Write the instructions, those that are held out too, and tune on them: the folder of the tuned model."""
+    with timed(stages, "instructions", Path(recipe.out), group):
+        make_instructions(tuning, group)
+        hold_out_instructions(recipe, group)
+        stages.note(str(held_out(recipe)))
+    with timed(stages, "tuning", Path(recipe.out), group):
+        folder = tune(tuning, group)
+        stages.note(str(folder))
+    return folder
+
+
+def held_out(recipe: Quickstart) -> Path:
+    """Where the held-out instructions are."""
+    return Path(recipe.out, "held_out_instructions")
+
+
+def hold_out_instructions(recipe: Quickstart, group: Processes) -> None:
+    """Write the held-out instructions where they are not there yet."""
+    from data_shards.glyphs.instructions import write_held_out_instructions
+
+    def make() -> dict[str, Any]:
+        return write_held_out_instructions(
+            held_out(recipe), recipe.instructions, seed=recipe.seed, processes=recipe.processes
+        )
+
+    made_once(held_out(recipe), {"seed": recipe.seed, "instructions": recipe.instructions}, make, group)
+
+
+@dataclass
+class Scores:
+    """What the models of a run scored.
+
+    Attributes:
+        tasks: the pretrained model, on all tasks.
+        kept: the tuned one, on those of `KEPT`; None where there is none.
+        instructions: both models, by their names, on the held-out instructions `items`.
+    """
+
+    tasks: Results
+    kept: Results | None = None
+    instructions: dict[str, InstructionResults] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
+
+
+def score(recipe: Quickstart, models: dict[str, Path], stages: Stages, group: Processes) -> Scores:
+    """The pretrained model at all tasks, shots and controls; where there is a tuned one, both on the instructions."""
+    scores = Scores(score_tasks(recipe, models[UNTUNED], TASKS, CONTROLS, stages, group))
+    if TUNED in models:
+        scores.kept = score_tasks(recipe, models[TUNED], KEPT, (), stages, group)
+        scores.items = load_instructions(held_out(recipe))
+        for name, folder in models.items():
+            model, processor = load(str(folder), str(group.device))
+            found = evaluate_instructions(
+                model,
+                processor,
+                scores.items,
+                batch_size=recipe.eval_batch,
+                seed=recipe.seed,
+                progress=noting(stages, f"{name}, "),
+            )
+            found.facts["model"] = model_identity(str(folder))
+            scores.instructions[name] = found
+    return scores
+
+
+def score_tasks(
+    recipe: Quickstart, folder: Path, tasks: Sequence[str], controls: Sequence[str], stages: Stages, group: Processes
+) -> Results:
+    """A model on some tasks."""
+    model, processor = load(str(folder), str(group.device))
     results = evaluate(
         model,
         processor,
-        [load_task(name) for name in TASKS],
-        controls=CONTROLS,
+        [load_task(name) for name in tasks],
+        controls=controls,
         episodes=recipe.episodes,
         batch_size=recipe.eval_batch,
         seed=recipe.seed,
-        progress=lambda task, done, total: stages.note(f"{task}: {done} of {total} queries"),
+        progress=noting(stages),
     )
-    results.facts["model"] = model_identity(str(model_folder))
+    results.facts["model"] = model_identity(str(folder))
     return results
 
 
-def is_evaluated(out: Path, model_folder: Path, recipe: Quickstart) -> bool:
-    """Whether an earlier start evaluated this very model as the recipe asks, to the end."""
+def noting(stages: Stages, about: str = "") -> Progress:
+    """Shows how far an evaluation is."""
+    return lambda task, done, total: stages.note(f"{about}{task}: {done} of {total} queries")
+
+
+def report(recipe: Quickstart, scores: Scores, account: dict[str, Any]) -> None:
+    """Write all results and the page that shows them."""
+    out = Path(recipe.out)
+    scores.tasks.save(out)
+    for name, found in scores.instructions.items():
+        found.save(out, f"instructions_{name}")
+    if scores.kept is not None:
+        scores.kept.save(out / TUNED)
+    write_report(
+        out / "report.html",
+        results=scores.tasks,
+        training_log=read_rows(out / METRICS_FILE),
+        account=account,
+        timings=read_seconds(out),
+        title=f"Quickstart, seed {recipe.seed}",
+        facts={"recipe": recipe.as_dict()},
+        instructions=scores.instructions,
+        items=scores.items,
+    )
+
+
+def summarised(recipe: Quickstart, scores: Scores) -> dict[str, Any]:
+    """The content of summary.json: which run it is, how long it took, and all scores."""
+    models = {UNTUNED: scores.tasks, TUNED: scores.kept}
+    found: dict[str, Any] = {
+        **asked(recipe),
+        "seconds": read_seconds(Path(recipe.out)),
+        **summary(scores.tasks),
+        "models": {name: each.facts["model"]["sha256"] for name, each in models.items() if each is not None},
+    }
+    if scores.kept is not None:
+        found["tasks_tuned"] = summary(scores.kept)["tasks"]
+        found["instructions"] = {name: each.summary() for name, each in scores.instructions.items()}
+    return found
+
+
+def asked(recipe: Quickstart) -> dict[str, Any]:
+    """What of the recipe its scores depend on, beside the models."""
+    return {"seed": recipe.seed, "episodes": recipe.episodes, "instructions_of_a_kind": recipe.instructions}
+
+
+def is_evaluated(out: Path, models: dict[str, Path], recipe: Quickstart) -> bool:
+    """Whether an earlier start evaluated these very models as the recipe asks, to the end."""
     path = out / "summary.json"
     if not path.exists():
         return False
     found = json.loads(path.read_text())
-    return found["model"] == model_identity(str(model_folder))["sha256"] and found["episodes"] == recipe.episodes
+    wanted = asked(recipe) | {
+        "models": {name: model_identity(str(folder))["sha256"] for name, folder in models.items()}
+    }
+    return all(found.get(name) == value for name, value in wanted.items())
 
 
 @contextmanager

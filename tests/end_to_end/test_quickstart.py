@@ -9,19 +9,34 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flamingo import FlamingoForConditionalGeneration
+from train.recipe import packaged
 
 SMALL = [
     *("--steps", "24", "--data.glyphs.naming", "300", "--data.glyphs.episodes", "600", "--episodes", "12"),
     *("--data.sources.episodes.start_step", "4", "--optimizer.warmup_steps", "4", "--tracking.mode", "disabled"),
+    *("--tuning_steps", "4", "--instructions", "4"),
 ]
+
+
+def small_tuning(folder: Path) -> Path:
+    """The packaged recipe of tuning, with few instructions."""
+    recipe = yaml.safe_load(packaged("package:train/recipes/embedded_tune.yaml").read_text())
+    queries = recipe["data"]["instructions"]["queries"]
+    recipe["data"]["instructions"]["queries"] = dict.fromkeys(queries, 20)
+    path = folder / "tune.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
 
 
 def quickstart(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`flamingo-quickstart`, cut short."""
+    out.parent.mkdir(exist_ok=True)
+    tuning = ["--tuning", str(small_tuning(out.parent))]
     return subprocess.run(
-        [sys.executable, "-m", "train.quickstart", "--out", str(out), *SMALL, *arguments],
+        [sys.executable, "-m", "train.quickstart", "--out", str(out), *SMALL, *tuning, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,17 +57,24 @@ def test_train_save_load_evaluate(run: Path) -> None:
     """Catches a stage that does not fit the next, and a summary that lacks what the issue promises."""
     summary = json.loads((run / "summary.json").read_text())
     assert {"seed", "seconds", "tasks", "controls", "chance"} <= set(summary)
-    assert set(summary["seconds"]) == {"shards", "pretraining", "evaluation", "report"}
+    stages = {"shards", "pretraining", "instructions", "tuning", "evaluation", "report"}
+    assert set(summary["seconds"]) == stages
     assert set(summary["tasks"]["glyphs_5way"]) == {"0", "1", "2", "4", "8"} and set(summary["tasks"]["naming"]) == {
         "0"
     }
     assert summary["chance"]["digits_5way"] == pytest.approx(0.2)
     episode_tasks = {"glyphs_5way", "glyphs_2way", "digits_5way", "digits_2way"}
     assert len(summary["controls"]) == 4 and all(episode_tasks <= set(tasks) for tasks in summary["controls"].values())
-    FlamingoForConditionalGeneration.from_pretrained(run / "model")
+    for name in ("untuned", "tuned"):
+        assert set(summary["instructions"][name]) == {"0", "1", "2", "4"}
+        assert (run / f"instructions_{name}.json").exists()
+    assert set(summary["tasks_tuned"]) == {"glyphs_5way", "naming"}
+    for folder in (run / "model", run / "tuned" / "model"):
+        FlamingoForConditionalGeneration.from_pretrained(folder)
     recipe = json.loads(json.loads((run / "results.json").read_text())["facts"]["model"]["recipe"])
     assert recipe["steps"] == 24 and recipe["data"]["glyphs"]["naming"] == 300
     report = (run / "report.html").read_text()
+    assert "untuned" in report and "LA_NAMING" in report
     assert report.count("data:image/png;base64") >= 12 and "http" + "://" not in report.replace("http://www.w3.org", "")
     assert not list(run.rglob("*unfinished*"))
 
@@ -71,9 +93,10 @@ def test_running_again_keeps_what_is_there(run: Path) -> None:
     done = quickstart(run)
     assert done.returncode == 0 and done.stdout.count("kept") >= 2, done.stdout + done.stderr
     assert (run / "summary.json").read_bytes() == before
-    done = quickstart(run, "--seed", "1", "--steps", "2", "--episodes", "2")
+    done = quickstart(run, "--seed", "1", "--steps", "2", "--episodes", "2", "--tuning", "")
     assert done.returncode == 0 and "moved to" in done.stdout, done.stderr
-    assert json.loads((run / "summary.json").read_text())["seed"] == 1
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seed"] == 1 and "instructions" not in summary and "tuning" not in summary["seconds"]
     assert (run.with_name("quickstart-seed0") / "summary.json").read_bytes() == before
 
 
