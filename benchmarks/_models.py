@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import atexit
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +38,7 @@ from flamingo import FlamingoConfig
 from flamingo.backbones import assemble
 from flamingo.processing import IGNORED
 from flamingo.products import fast_products
+from icl_eval.peers.open_flamingo import build
 
 MLP = 4
 """width of the backbones' feed-forwards, in widths of their streams: of OPT and CLIP alike"""
@@ -184,39 +183,18 @@ def ours(place: Place) -> PreTrainedModel:
 
 def open_flamingo(place: Place) -> nn.Module:
     """open_flamingo's `Flamingo` over the backbones, put together and frozen as its own factory does."""
-    sys.modules.setdefault("open_clip", ModuleType("open_clip"))  # imported by the factory, needed for its towers alone
-    from open_flamingo.src.flamingo import Flamingo
-    from open_flamingo.src.flamingo_lm import FlamingoLMMixin
-    from open_flamingo.src.utils import extend_instance
-
     shape = place.shape
-    tower, lm = backbones(shape)
-    FlamingoLMMixin.forward.__defaults__ = (None,)  # transformers' generate leaves out a mask of ones
-    extend_instance(lm, FlamingoLMMixin)
-    lm.set_decoder_layers_attr_name("model.decoder.layers")
-    lm.resize_token_embeddings(shape.image_token + 1)
-    visual = SimpleNamespace(visual=_PatchTokens(tower))
-    model = Flamingo(visual, lm, shape.end_of_chunk, shape.image_token, vis_dim=shape.vision_width)
-    model.requires_grad_(False)
-    model.perceiver.requires_grad_(True)
-    lm.gated_cross_attn_layers.requires_grad_(True)
-    lm.get_input_embeddings().requires_grad_(True)
+    model = build(
+        *backbones(shape),
+        tokens=shape.image_token + 1,
+        end_of_chunk_token_id=shape.end_of_chunk,
+        image_token_id=shape.image_token,
+    )
+    lm = model.lang_encoder
     _draw([model.perceiver, *lm.gated_cross_attn_layers])
     with torch.no_grad():
         lm.get_input_embeddings().weight[shape.end_of_chunk : shape.image_token + 1] = _new_rows(shape)
     return model.to(place.device)
-
-
-class _PatchTokens(nn.Module):
-    """A CLIP tower that answers as open_clip's with `output_tokens`: pooled, patch tokens."""
-
-    def __init__(self, tower: PreTrainedModel):
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.tower(pixel_values=images)
-        return output.pooler_output, output.last_hidden_state[:, 1:]
 
 
 @torch.no_grad()

@@ -1,17 +1,10 @@
-"""The real open_flamingo 2.0.1 as a peer: its `Flamingo` over copies of our backbones, and how far ours is from it.
-
-Its factory loads open_clip towers and hub models by name; here its steps after loading are taken over parts at hand.
-"""
+"""The real open_flamingo 2.0.1 as a peer: its `Flamingo` over copies of our backbones, and how far ours is from it."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,13 +16,13 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
-    PreTrainedModel,
 )
 
 from flamingo import Document, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.backbones import assemble
 from flamingo.interop.open_flamingo import load
 from flamingo.modeling import trainable_names
+from icl_eval.peers.open_flamingo import build
 from tests.tiny import document, language_configs, tokenizer
 
 FAMILIES = ("opt", "gpt_neox", "llama", "mpt")
@@ -42,66 +35,21 @@ SAMPLES = (document(1, 1), document(2, 2, lead=True), document(3, 3), document(4
 """1, 2, 3 and 0 images, one with text before the first."""
 
 
-@cache
-def open_flamingo(module: str) -> Any:
-    """A module of `open_flamingo.src`. A stand-in for open_clip, which wants torchvision, lets it be imported."""
-    stand_in = ModuleType("open_clip")
-    held = sys.modules.setdefault("open_clip", stand_in) is stand_in
-    try:
-        return import_module(f"open_flamingo.src.{module}")
-    finally:
-        if held:
-            del sys.modules["open_clip"]
-
-
-class Visual(nn.Module):
-    """A CLIP tower with the output of open_clip's `visual`: the class token, and the patch tokens."""
-
-    def __init__(self, tower: PreTrainedModel):
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """`images` (N, C, H, W) → (N, D), (N, V, D)."""
-        hidden = self.tower(pixel_values=images).last_hidden_state
-        return hidden[:, 0], hidden[:, 1:]
-
-
 def open_flamingo_over(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Any:
-    """An open_flamingo `Flamingo` over copies of our model's backbones, in our model's precision.
-
-    It is built, resized and frozen as by open_flamingo's factory; its own parts are new.
-    """
-    factory, utils, lm_module = (open_flamingo(name) for name in ("factory", "utils", "flamingo_lm"))
-
-    class Mixin(lm_module.FlamingoLMMixin):  # type: ignore[name-defined]
-        # Newer versions of `generate` drop an all-ones mask, which the original requires.
-        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-            return super().forward(input_ids, attention_mask, **kwargs)
-
+    """An open_flamingo `Flamingo` over copies of our model's backbones, in our model's precision; its parts are new."""
     ours = model.language_model
     lm = AutoModelForCausalLM.from_config(
         copy.deepcopy(ours.config), attn_implementation=ours.config._attn_implementation
     )
     lm.load_state_dict(ours.state_dict())
-    utils.extend_instance(lm, Mixin)
-    lm.set_decoder_layers_attr_name(factory._infer_decoder_layers_attr_name(lm))
-    # As transformers of its time: newer ones start all new rows at nearly one mean.
-    lm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
-    vision = nn.Module()
-    vision.visual = Visual(copy.deepcopy(model.vision_tower))
-    peer = open_flamingo("flamingo").Flamingo(
-        vision,
+    peer = build(
+        copy.deepcopy(model.vision_tower),
         lm,
-        model.config.end_of_chunk_token_id,
-        model.config.image_token_id,
-        vis_dim=model.config.vision_width,
-        cross_attn_every_n_layers=model.config.cross_attention_every,
+        tokens=len(processor.tokenizer),
+        end_of_chunk_token_id=model.config.end_of_chunk_token_id,
+        image_token_id=model.config.image_token_id,
+        cross_attention_every=model.config.cross_attention_every,
     )
-    peer.requires_grad_(False)
-    peer.perceiver.requires_grad_(True)
-    peer.lang_encoder.gated_cross_attn_layers.requires_grad_(True)
-    peer.lang_encoder.get_input_embeddings().requires_grad_(True)
     return peer.to(model.resampler.latents.dtype)
 
 

@@ -19,12 +19,12 @@ from transformers.models.idefics import modeling_idefics, perceiver
 from flamingo.cross_attention import GatedCrossAttention
 from flamingo.media import MediaSlots, visible_media
 from flamingo.resampler import PerceiverResampler
+from icl_eval.peers.open_flamingo import part
 from tests.peer import (
     FAMILIES,
     TOLERANCE,
     difference,
     generations,
-    open_flamingo,
     pair_of,
     randomise,
     training_differences,
@@ -125,7 +125,7 @@ def parameters(ours: nn.Module, theirs: nn.Module) -> list[tuple[Tensor, Tensor]
 def test_resampler_equals_open_flamingo(dtype: torch.dtype, frames: int) -> None:
     """Catches frames or tokens in another order, frame embeddings in the wrong place, and norms that are left out."""
     ours = PerceiverResampler(WIDTH, max_frames=3)
-    theirs = open_flamingo("helpers").PerceiverResampler(dim=WIDTH, max_num_frames=3)
+    theirs = part("helpers").PerceiverResampler(dim=WIDTH, max_num_frames=3)
     theirs.register_load_state_dict_pre_hook(
         lambda _, state, *rest: state.update(frame_embs=state.pop("frame_embeddings"))
     )
@@ -165,7 +165,7 @@ def test_gated_block_equals_open_flamingo(dtype: torch.dtype, media_attention: s
     medium of the batch's longest sample, to later ones and to padding. Ours see nothing.
     """
     ours = GatedCrossAttention(WIDTH, MEDIA_WIDTH)
-    theirs = open_flamingo("helpers").GatedCrossAttentionBlock(
+    theirs = part("helpers").GatedCrossAttentionBlock(
         dim=WIDTH, dim_visual=MEDIA_WIDTH, only_attend_immediate_media=media_attention == "previous"
     )
     tensors = parameters(ours.to(dtype), theirs.to(dtype))
