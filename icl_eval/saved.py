@@ -6,6 +6,7 @@ All that is read is checked, so that a comparison never rests on files that were
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from array import array
 from collections import defaultdict
@@ -167,7 +168,7 @@ class Predictions:
                 file.seek(start)
                 lines.append(json.loads(file.readline()))
         lines.sort(key=lambda line: line["query_id"])
-        for line, following in zip(lines, lines[1:], strict=False):
+        for line, following in itertools.pairwise(lines):
             if line["query_id"] == following["query_id"]:
                 raise FlamingoError(f"{self.path}: {named(key)}: query {line['query_id']} for the second time")
         expected = self._results.cells[key].score.queries
