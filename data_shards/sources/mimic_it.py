@@ -31,6 +31,7 @@ from data_shards.faults import (
     DANGLING_INSTRUCTION,
     DUPLICATE_ID,
     EMPTY_ANSWER,
+    LEFT_OUT,
     MISSING_IMAGE,
     NO_IMAGES,
     OF_TURN,
@@ -267,21 +268,19 @@ class MimicItReader:
             return []
         return read_record(record, account, lambda query, images: [self._document(query, images)])
 
-    def turns(self, query: str) -> tuple[Turn, ...]:
-        """The turns of a query's document: its contexts, then itself; the key of each is the instruction's id.
-
-        Raises:
-            SampleError: where the query cannot be used. Contexts that cannot be are left out.
-        """
-        return self._turns(query, Images(turns=1))
-
     def turn(self, key: str) -> Turn:
         """One instruction with its own images, as its subset shows the query's.
 
         Raises:
-            SampleError: where it cannot be used.
+            SampleError: where it cannot be used, or any image that it names cannot: unlike in a document a video is
+                not shown without the frames that are missing.
         """
-        return self._example(key, Images(), shown=self.assembly.shown != "none")
+        images = Images()
+        turn = self._example(key, images, shown=self.assembly.shown != "none")
+        for detail, reason in images.lost:
+            if reason not in LEFT_OUT:
+                raise SampleError(reason, f"{key}: {detail}")
+        return turn
 
     def _document(self, query: str, images: Images) -> Document:
         images.turns = 1
