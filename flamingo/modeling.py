@@ -232,8 +232,10 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """As `PreTrainedModel.save_pretrained`; the configuration says in which precision each backbone is.
 
         Raises:
-            FlamingoError: where a backbone runs code that came with it, which such a folder would lack.
+            FlamingoError: where a backbone runs code that came with it, which such a folder would lack, or the LM has
+                adapters.
         """
+        self.check_without_adapters()
         for part in self.backbones().values():
             if type(part).__module__.startswith("transformers_modules."):
                 raise FlamingoError(
@@ -242,6 +244,14 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
         self.note_precision()
         return super().save_pretrained(*args, **kwargs)
+
+    def check_without_adapters(self) -> None:
+        """Raise FlamingoError where the LM has peft's adapters: nothing that loads a Flamingo knows their names."""
+        if hasattr(self.language_model, "peft_config"):
+            raise FlamingoError(
+                "the LM has adapters; expected one without: `train.lora.merge` folds them in, `train.lora.save_adapters` "
+                "keeps them by themselves"
+            )
 
     def backbones(self) -> dict[str, PreTrainedModel]:
         """Both backbones: `vision` and `language`."""

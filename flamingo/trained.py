@@ -53,8 +53,9 @@ def save_trained(model: FlamingoForConditionalGeneration, folder: str | Path) ->
     processor is saved beside it by `processor.save_pretrained(folder)`.
 
     Raises:
-        FlamingoError: where the model does not know where its backbones came from.
+        FlamingoError: where the model does not know where its backbones came from, or its LM has adapters.
     """
+    model.check_without_adapters()
     folder = Path(folder)
     model.note_precision()
     config = copy.deepcopy(model.config)

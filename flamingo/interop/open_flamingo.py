@@ -150,7 +150,12 @@ def save(model: FlamingoForConditionalGeneration, path: str | Path, *, rows: int
 
 
 def names(model: FlamingoForConditionalGeneration, layout: Layout = "open_flamingo") -> dict[str, str]:
-    """Our name of each tensor but the new rows → its name in a checkpoint."""
+    """Our name of each tensor but the new rows → its name in a checkpoint.
+
+    Raises:
+        FlamingoError: where the LM has adapters.
+    """
+    model.check_without_adapters()
     path = _layers_path(model)
     every = model.config.cross_attention_every
     # transformers 5 dropped a level of CLIPVisionModel's names

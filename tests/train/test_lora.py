@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from flamingo import FlamingoError, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo.interop import otter
 from tests.tiny import document, language_configs, tiny_flamingo
 from train import lora
 from train.memory import components, memory_estimate
@@ -85,14 +87,19 @@ def test_adapters_of_every_family(tmp_path: Path, family: str) -> None:
 
 
 def test_merging_in_float32_and_keeping_adapters(tmp_path: Path) -> None:
-    """Catches adapters that peft cannot load, a merged model that `save_trained` writes without them, a merge that goes
-    on growing, and a merge of gathered tensors that differs.
+    """Catches adapters that peft cannot load, a model that is saved with them in the LM, where nothing finds them
+    again, a merged one that `save_trained` writes without them, a merge that goes on growing, and a merge of gathered
+    tensors that differs.
     """
     model, processor = built(tmp_path, dtype=torch.float32)
     lora.add_adapters(model, LoraRecipe(rank=4, alpha=6.0))
     disturb(model)
     unmerged = logits(model, processor)
     lora.save_adapters(model, tmp_path / "adapters")
+    for save in (model.save_trained, model.save_pretrained, partial(otter.save, model)):
+        with pytest.raises(FlamingoError, match="the LM has adapters; expected one without: `train.lora.merge`"):
+            save(tmp_path / "unmerged")
+    assert not (tmp_path / "unmerged").exists()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = lora.merged(model, tensors)
     assert made.keys() == model.state_dict().keys()

@@ -205,7 +205,7 @@ def test_frames_are_picked_evenly_among_those_that_are_there(tmp_path: Path) -> 
 
 
 def test_a_turn_by_itself_lacks_no_frame(tmp_path: Path) -> None:
-    """Catches a held-out video that is asked about without a frame of it, and one that is refused for what was picked."""
+    """Catches a held-out video that is asked about without a frame of it, and one that is refused for being picked."""
     data = {"q": instruction("q", "a", ["f0", "f1", "f2"]), "r": instruction("q", "a", ["f0", "gone", "f1"])}
     reader = mimic_it(tmp_path, "DC", data, pictures("f0", "f1", "f2"), resample_frames=2)
     (video,) = reader.turn("q").media
