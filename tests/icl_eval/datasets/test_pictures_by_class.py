@@ -106,6 +106,15 @@ def test_imagenet_needs_a_name_of_every_class(names: str, tmp_path: Path) -> Non
         load_dataset("imagenet", tmp_path).examples("val")
 
 
+def test_a_folder_beside_named_classes_is_no_class(tmp_path: Path) -> None:
+    """Thumbnails or the like beside the classes, taken for a class that is no candidate."""
+    write_imagenet(tmp_path / "imagenet")
+    (tmp_path / "imagenet" / "classnames.txt").write_text("n01440764 tench\nn02012849 crane\n")
+    picture(tmp_path / "imagenet" / "val" / "thumbnails" / "1.png")
+    with pytest.raises(FlamingoError, match=r"val: thumbnails/1\.png: class thumbnails, expected one that classnames"):
+        load_dataset("imagenet", tmp_path).examples("val")
+
+
 def test_a_malformed_file_of_names(tmp_path: Path) -> None:
     """A list of names alone, of which the first words are taken for ids."""
     write_imagenet(tmp_path / "imagenet")
