@@ -77,14 +77,14 @@ def line_chart(
         series: at least one, with at least one point.
         title: read out by screen readers.
         x_label: below the axis.
-        y_range: of the axis; default: that of the points.
+        y_range: of the axis; default: that of the points and references.
         x_names: names of x = 0, 1, …, where x counts categories.
         references: dashed horizontal lines, as (name, y).
         size: width and height in SVG units.
     """
     width, height = size
     xs = [x for line in series for x in line.x]
-    ys = [y for line in series for y in (*line.y, *line.low, *line.high)]
+    ys = [y for line in series for y in (*line.y, *line.low, *line.high)] + [at for _, at in references]
     low, high = y_range or (min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1)
     first, last = (-0.15, len(x_names) - 0.85) if x_names else (min(xs), max(*xs, min(xs) + 1))
     x, y = _scale(first, last, LEFT, width - RIGHT), _scale(low, high, height - BOTTOM, TOP)
