@@ -141,9 +141,14 @@ class Comparison:
 
         others = list(self.runs)[1:]
         tables = [_table(self.first, label, [row for row in self.rows if row.run == label]) for label in others]
+        return Group(*tables, *map(Text, (*self._legend(), *self.notes)))
+
+    def _legend(self) -> list[str]:
         tests = f"{len(self.rows)} test{'' if len(self.rows) == 1 else 's'}"
-        notes = [f"p (Holm): corrected for {tests}; bold below {SIGNIFICANT}", *self.notes]
-        return Group(*tables, *map(Text, notes))
+        return [
+            f"below p, as corrected for {tests} (Holm); bold below {SIGNIFICANT}",
+            f"p is McNemar's, exact, where it says how many each run alone gets right, else of the {BOOTSTRAP}",
+        ]
 
 
 def compare(
@@ -389,22 +394,22 @@ def _table(first: str, run: str, rows: Sequence[Row]) -> Table:
         collapse_padding=True,
     )
     shown.add_column("task", no_wrap=True)
-    for heading in ("shots", "queries", "", escape(first), escape(run), "difference", "p", "p (Holm)"):
-        shown.add_column(heading, justify="left" if not heading else "right")
-    shown.add_column("test", style="dim")
+    for heading in ("shots", "queries", escape(first), escape(run), "difference", "right alone", "p"):
+        shown.add_column(heading, justify="right", no_wrap=heading == "difference")
     for row in rows:
         name, change = row.headline
-        about = escape(row.task) + (f"\n[dim]{escape(row.control)}[/dim]" if row.control else "")
-        cells = [f"{change.difference:+.3f}\n[dim]{_interval(change)}[/dim]", _p(row.p), _p(row.p_holm)]
+        about = "\n".join([escape(row.task), f"[dim]{escape(name)}[/dim]", *([row.control] if row.control else [])])
+        difference = f"{change.difference:+.3f}\n[dim]{_interval(change)}[/dim]"
+        alone = "–" if row.only_first is None else f"{row.only_first} to {row.only_run}"
+        p = f"{_p(row.p)}\n[dim]{_p(row.p_holm)}[/dim]"
         style = "bold" if row.p_holm < SIGNIFICANT else None
-        numbers = [f"{change.first:.3f}", f"{change.value:.3f}"]
-        test = row.test if row.only_first is None else f"{row.test}\n{row.only_first} to {row.only_run}"
-        shown.add_row(about, str(row.shots), str(row.queries), name, *numbers, *cells, test, style=style)
+        values = [f"{change.first:.3f}", f"{change.value:.3f}"]
+        shown.add_row(about, str(row.shots), f"{row.queries:,}", *values, difference, alone, p, style=style)
     return shown
 
 
 def _interval(change: Change) -> str:
-    return "" if change.interval is None else "{:+.3f} … {:+.3f}".format(*change.interval)
+    return "" if change.interval is None else "{:+.3f}…{:+.3f}".format(*change.interval)
 
 
 def _p(p: float) -> str:

@@ -199,7 +199,7 @@ def test_the_command(tmp_path, capsys):
     two = write_run(tmp_path / "two", lines_of([0] * 40, TARGETS))
     main([str(one), str(two), "--json", str(tmp_path / "out.json")])
     shown = capsys.readouterr().out
-    assert "two against [one]" in shown and "+0.500" in shown and "McNemar" in shown
+    assert "two against [one]" in shown and "+0.500" in shown and "0 to 20" in shown
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["first"] == "[one]" and list(content["runs"]) == ["[one]", "two"]
     (row,) = content["rows"]
