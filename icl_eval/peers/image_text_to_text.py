@@ -24,7 +24,7 @@ import torch
 from einops import rearrange
 from PIL import Image as PilImage
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, IdeficsProcessor
 
 from flamingo.document import Medium, Video
 from flamingo.errors import FlamingoError
@@ -51,6 +51,9 @@ class ImageTextToText:
         processor: the model's, for images and text.
         form: "plain" or "chat"; default: "chat" where the processor has a chat template.
         end: what closes an answer; see above.
+
+    Raises:
+        FlamingoError: the processor cannot make prompts of that form.
     """
 
     def __init__(self, model: Any, processor: Any, *, form: Form | None = None, end: str = "\n"):
@@ -61,6 +64,9 @@ class ImageTextToText:
             raise FlamingoError("end: '', expected what closes an answer")
         self.model, self.processor, self.end = model.eval(), processor, end
         self.form: Form = form or ("chat" if has_template else "plain")
+        self.reads_rows = isinstance(processor, IdeficsProcessor)  # of texts and images, instead of marks in a text
+        if self.form == "plain" and not self.reads_rows and not hasattr(processor, "image_token"):
+            raise FlamingoError(f"form: plain, but {type(processor).__name__} names no image_token to mark images with")
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, form: Form | None = None, end: str = "\n", **options: Any) -> Any:
@@ -171,7 +177,7 @@ class ImageTextToText:
     def _plain(self, asked: _Asked, answer: str | None) -> Any:
         parts = asked.parts if answer is None else _joined([*asked.parts, answer, self.end])
         images = [part for part in parts if not isinstance(part, str)]
-        if not hasattr(self.processor, "image_token"):  # Idefics reads texts and images in one row
+        if self.reads_rows:
             return self.processor(text=[list(parts)], add_end_of_utterance_token=False, return_tensors="pt")
         text = "".join(part if isinstance(part, str) else self.processor.image_token for part in parts)
         return self.processor(text=[text], images=images or None, return_tensors="pt")
