@@ -249,8 +249,8 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Raise FlamingoError where the LM has peft's adapters: nothing that loads a Flamingo knows their names."""
         if hasattr(self.language_model, "peft_config"):
             raise FlamingoError(
-                "the LM has adapters; expected one without: `train.lora.merge` folds them in, `train.lora.save_adapters` "
-                "keeps them by themselves"
+                "the LM has adapters; expected one without: `train.lora.merge` folds them in, "
+                "`train.lora.save_adapters` keeps them by themselves"
             )
 
     def backbones(self) -> dict[str, PreTrainedModel]:

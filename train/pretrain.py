@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -314,24 +315,28 @@ def make_instructions(recipe: Run, processes: Processes) -> dict[str, Any]:
     """Write the embedded world's instructions in MIMIC-IT's files, and shards of them, as `make_glyphs` does.
 
     Raises:
-        FlamingoError: where the folder holds instructions of another seed or number, or a kind is unknown.
+        FlamingoError: where the folder holds instructions of another seed or number, shards for sequences of another
+            form or size, or a kind is unknown.
     """
     from data_shards.glyphs.instructions import write_training_instructions
 
     instructions = recipe.data.instructions
     assert instructions is not None
-    folder = recipe.path(instructions.folder)
+    folder, spaced = recipe.path(instructions.folder), isinstance(recipe, TuneRecipe) and recipe.spaced
+    limits = {"max_tokens": recipe.data.max_tokens, "max_media": recipe.data.max_media}
 
     def make() -> dict[str, Any]:
+        shutil.rmtree(folder / "shards", ignore_errors=True)  # of a start that was stopped, perhaps with another seed
         written = write_training_instructions(
             folder, instructions.queries, seed=recipe.seed, processes=instructions.processes
         )
-        reader = MimicItReader(str(folder / "mixture.yaml"), spaced=isinstance(recipe, TuneRecipe) and recipe.spaced)
-        options = InstructionOptions(max_tokens=recipe.data.max_tokens, max_media=recipe.data.max_media)
-        convert_each(reader.datasets(), folder / "shards", options, processes=instructions.processes, strict=True)
+        readers = MimicItReader(str(folder / "mixture.yaml"), spaced=spaced).datasets()
+        options = InstructionOptions(**limits)
+        convert_each(readers, folder / "shards", options, processes=instructions.processes, strict=True)
         return written
 
-    return made_once(folder, {"seed": recipe.seed, "queries": instructions.queries}, make, processes)
+    wanted = {"seed": recipe.seed, "queries": instructions.queries, "spaced": spaced, **limits}
+    return made_once(folder, wanted, make, processes)
 
 
 def made_once(
@@ -348,8 +353,8 @@ def made_once(
         write_text(record, json.dumps({"wanted": wanted, "account": account}, indent=1) + "\n")
     processes.wait()
     found = json.loads(record.read_text())
-    if found["wanted"] != wanted:
-        raise FlamingoError(f"{folder}: holds the embedded world of {found['wanted']}, expected {wanted}")
+    if found.get("wanted") != wanted:
+        raise FlamingoError(f"{folder}: holds the embedded world of {found.get('wanted')}, expected {wanted}")
     return found["account"]
 
 
