@@ -274,10 +274,8 @@ def same_queries(
 
 def _truth(line: Mapping[str, Any]) -> Any:
     """What is right, whatever its place among the candidates."""
-    target = line["target"]
-    return (
-        line["candidates"][target] if isinstance(target, int) and len(line.get("candidates", ())) > target else target
-    )
+    right = line.get("right")
+    return right if right is not None and isinstance(line["target"], int) else line["target"]
 
 
 @dataclass(frozen=True)
@@ -299,7 +297,7 @@ def _answers(results: SavedResults, key: Key, lines: Lines) -> Answers:
     if score.metric not in METRICS:
         known = ", ".join(METRICS)
         raise FlamingoError(f"{results.folder}: {named(key)}: metric {score.metric!r}, expected one of {known}")
-    groups = [line["group"] for line in lines if "group" in line]
+    groups = [line["group"] for line in lines if line.get("group") is not None]
     if groups and len(groups) < len(lines):
         raise FlamingoError(f"{results.folder}: {named(key)}: some predictions have no group, expected all or none")
     predictions, targets = [line["prediction"] for line in lines], [line["target"] for line in lines]

@@ -153,8 +153,8 @@ def test_runs_that_were_asked_otherwise_are_refused(tmp_path, change, allowed, m
 
 def test_candidates_in_another_order_are_the_same_query(tmp_path):
     """Shuffled candidates (under other prompts) taken for another question, or the right one for a wrong one."""
-    one = lines_of([0, 1], [0, 1], candidates=[["x", "y"]] * 2)
-    two = lines_of([1, 0], [1, 0], candidates=[["y", "x"]] * 2)
+    one = lines_of([0, 1], [0, 1], candidates=[["x", "y"]] * 2, right=["x", "y"])
+    two = lines_of([1, 0], [1, 0], candidates=[["y", "x"]] * 2, right=["x", "y"])
     (row,) = compare(runs(tmp_path, one, two)).rows
     assert row.headline[1].difference == 0
 
