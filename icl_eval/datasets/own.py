@@ -44,7 +44,8 @@ class Own(LocalDataSet):
             if candidates and label is None and answers:
                 label = answers[0]
             if candidates and label not in candidates:
-                raise entry.error("label" if "label" in entry.values else "answers", "one of its candidates")
+                given = next((key for key in ("label", "answer") if key in entry.values), "answers")
+                raise entry.error(given, "one of its candidates")
             yield Example(
                 entry.name("id", str(number)),
                 _media(entry),
