@@ -86,10 +86,10 @@ class Sequences:
             raise SampleError(IMAGE_MARK, f"document {document.key or '?'}: {marks} {IMAGE_TOKEN} in its texts")
         if self.leading_space and generator.random() < self.leading_space:
             document = _spaced(document)
-        asks = any(isinstance(segment, Text) and not segment.supervised for segment in document.segments)
-        for window, reaches_end in self._windows(document, generator):
+        asking = asks(document)
+        for window, reaches_end in self._windows(document, generator, asking=asking):
             whole = self.processor.encode(window, eos=reaches_end, rules=self.rules)
-            encoding = self._cut(whole, generator, asks=asks)
+            encoding = self._cut(whole, generator, asking=asking)
             if encoding is not None:
                 break
         else:
@@ -98,6 +98,11 @@ class Sequences:
             )
         next_media = bool(self.next_media and generator.random() < self.next_media)
         return replace(encoding, next_media=next_media, views=self._views(len(encoding.media), generator))
+
+    def holds(self, document: Document) -> bool:
+        """Whether a sequence has room for the whole document."""
+        encoding = self.processor.encode(document, eos=True, rules=self.rules)
+        return len(encoding.input_ids) <= self.max_tokens and len(encoding.media) <= self.max_media
 
     def pack(self, encodings: Sequence[Encoding], sources: Sequence[int]) -> list[list[int]]:
         """Which sequences share a row: the numbers of each row's, rows and numbers in ascending order.
@@ -148,13 +153,17 @@ class Sequences:
             pixels=None if pixels is None else [pixels[number] for row in rows for number in row],
         )
 
-    def _windows(self, document: Document, generator: np.random.Generator) -> Iterator[tuple[Document, bool]]:
+    def _windows(
+        self, document: Document, generator: np.random.Generator, *, asking: bool
+    ) -> Iterator[tuple[Document, bool]]:
         """At most `max_media` media in a row, each with the text up to the next; which ones is drawn.
 
         With each window comes whether it reaches the end of the document. The first one is used, unless none of its
-        tokens counts; then the next, also drawn.
+        tokens counts; then the next, also drawn. Of a document that asks those come first that begin as in `_cut`: a
+        question about several pictures would lose some of them.
         """
-        at = [i for i, segment in enumerate(document.segments) if not isinstance(segment, Text)]
+        segments = document.segments
+        at = [i for i, segment in enumerate(segments) if not isinstance(segment, Text)]
         surplus = len(at) - self.max_media
         if surplus <= 0:
             yield document, True
@@ -162,25 +171,26 @@ class Sequences:
 
         def window(first: int) -> tuple[Document, bool]:
             begin = 0 if first == 0 else at[first]
-            end = at[first + self.max_media] if first < surplus else len(document.segments)
-            return replace(document, segments=document.segments[begin:end]), first == surplus
+            end = at[first + self.max_media] if first < surplus else len(segments)
+            return replace(document, segments=segments[begin:end]), first >= surplus
 
-        drawn = int(generator.integers(surplus + 1))
-        yield window(drawn)
-        for other in generator.permutation(surplus + 1):
-            if other != drawn:
-                yield window(int(other))
+        turns = [first for first, i in enumerate(at) if first == 0 or isinstance(segments[i - 1], Text)]
+        for firsts in (turns, range(surplus + 1)) if asking else (range(surplus + 1),):
+            drawn = int(generator.integers(len(firsts)))
+            yield window(firsts[drawn])
+            for other in generator.permutation(len(firsts)):
+                if other != drawn:
+                    yield window(firsts[other])
 
-    def _cut(self, encoding: Encoding, generator: np.random.Generator, *, asks: bool) -> Encoding | None:
+    def _cut(self, encoding: Encoding, generator: np.random.Generator, *, asking: bool) -> Encoding | None:
         """At most `max_tokens` tokens in a row, and the media whose `<image>` is among them; None where none counts.
 
         Of a longer encoding every window in which a token counts is drawn equally often (Flamingo, appendix on M3W: a
         random subsequence of so many tokens). A beginning-of-sequence token stays before it. By the rules of
         OpenFlamingo text that now stands before the first medium does not count any more. `text` stays the whole one.
 
-        Of a document that `asks`, some of whose text does not count, windows begin where it begins or where media
-        stand after text, if a token counts in any of those: an answer without its picture or its question would teach
-        to invent one.
+        Of a document that asks, windows begin where it begins or where media stand after text, if a token counts in any
+        of those: an answer without its picture or its question would teach to invent one.
         """
         ids, labels, tokenizer = encoding.input_ids, encoding.labels, self.processor.tokenizer
         # The end alone is nothing to learn from.
@@ -201,7 +211,7 @@ class Sequences:
             return windows[before[ends] > before[counts.clip(max=ends)]]
 
         windows = usable(np.arange(head, len(ids) - size + 1))
-        if asks:
+        if asking:
             turns = usable(np.union1d([head], marks[np.diff(marks, prepend=-1) > 1]))
             windows = turns if len(turns) else windows
         if not len(windows):
@@ -225,6 +235,11 @@ class Sequences:
         least, most = map(math.log, ASPECTS)
         crop = Crop(self.crop + (1 - self.crop) * area, math.exp(least + (most - least) * aspect), top, left)
         return View(flip < self.flip, crop if self.crop < 1 else None)
+
+
+def asks(document: Document) -> bool:
+    """Whether some of its text is never answered for: it is of instructions, not of a web page or a caption."""
+    return any(isinstance(segment, Text) and not segment.supervised for segment in document.segments)
 
 
 def image_marks(document: Document) -> int:

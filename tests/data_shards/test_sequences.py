@@ -248,6 +248,22 @@ def test_an_answer_keeps_its_question_and_its_media(
         assert any(each.input_ids[-1] == used.tokenizer.eos_token_id for each in drawn), "the last one too"
 
 
+def test_a_question_keeps_all_its_media(processor: FlamingoProcessor) -> None:
+    """Catches windows of so many media that begin among those of one question, and a story that is never read."""
+    stories = [replace(turn, media=(A, Video((B, C)))) for turn in ROUNDS]
+    sequences = Sequences(processor, max_tokens=1000, max_media=5)
+    document = instruction_document(stories, answer_mark=False)
+    drawn = [sequences(document, generator(seed)) for seed in range(120)]
+    texts = [processor.tokenizer.decode(each.input_ids).removeprefix("<s>") for each in drawn]
+    begun = [text.split("User:") for text in texts]
+    assert all(before.endswith("<image><image>") for before, *others in begun for before in (before, *others[:-1]))
+    assert {first for _, first, *_ in begun} >= {f"question {n} GPT:answer {n}{EOC}<image><image>" for n in range(5)}
+    assert all(len(each.media) <= 5 for each in drawn)
+    assert {len(each.media) for each in drawn if each.input_ids[-1] == processor.tokenizer.eos_token_id} == {2, 4}
+    alone = replace(stories[0], media=(A, B, C, A, B, C))
+    assert len(sequences(instruction_document([alone]), generator()).media) == 5, "more than there is room for"
+
+
 def test_short_documents_draw_nothing(processor: FlamingoProcessor) -> None:
     """Catches numbers drawn where there is nothing to choose, which move all that are drawn after them."""
     for document in (Document((A, Text("cat"))), Document((Text("cat"),))):
