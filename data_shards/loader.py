@@ -19,7 +19,7 @@ from transformers import BatchFeature
 
 from data_shards.faults import Fault, SampleError, described
 from data_shards.order import MixtureOrder, ShuffledOrder
-from data_shards.sequences import Sequences
+from data_shards.sequences import Sequences, asks
 from data_shards.shards import ShardSet
 from flamingo.errors import FlamingoError
 from flamingo.images import PixelSettings
@@ -28,6 +28,8 @@ from flamingo.processing import Encoding
 REPLACED_WITHIN = 64
 """Positions of a source, from a multiple of it on, among which a sample that is not usable finds its replacement; where
 a shard is damaged as a whole and stands alone in a block of the order, as many others of the epoch."""
+LOOKED_AT = 64
+"""Documents of a source that tell what the others are like."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,33 @@ class Sample:
     encoding: Encoding
     pixels: Tensor
     key: str
+
+
+def looked_at(shards: ShardSet) -> list[int]:
+    """Numbers of at most `LOOKED_AT` documents, spread evenly."""
+    return np.unique(np.linspace(0, len(shards) - 1, LOOKED_AT).astype(int)).tolist()
+
+
+def cut_instructions(name: str, shards: ShardSet, sequences: Sequences) -> str | None:
+    """What training on a source of instructions would lose without a word; None where what is looked at fits.
+
+    A web page is cut at random by design. An instruction that is cut lacks examples, pictures or the end of its answer.
+    """
+    cut, numbers = 0, looked_at(shards)
+    for number in numbers:
+        try:
+            document = shards[number]
+        except FlamingoError:  # training replaces and counts it
+            continue
+        cut += asks(document) and not sequences.holds(document)
+    if not cut:
+        return None
+    limits = f"max_tokens={sequences.max_tokens}, max_media={sequences.max_media}"
+    return (
+        f"{name}: {cut} of {len(numbers)} documents are longer than a sequence ({limits}), and lose examples, pictures "
+        "or the end of an answer; expected larger numbers, or shards converted with these (and --tokenizer), which "
+        "leaves out whole examples"
+    )
 
 
 class MicroBatches(Dataset[BatchFeature]):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from data_shards.loader import cut_instructions, looked_at
 from data_shards.order import MixtureOrder
 from data_shards.sequences import Sequences
 from data_shards.shards import ShardSet, open_shards
@@ -38,8 +39,6 @@ EXPECTED_MFU = 0.4
 """Share of a GPU's peak that hours are given for: an assumption, since only a run can tell."""
 REFERENCES = ("A100", "H100", "H200")
 """GPUs that hours are given for, where there is none at hand: names in `PEAKS`."""
-MEASURED = 64
-"""Documents of a source from which the lengths of its sequences are measured."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +331,7 @@ def to_be_written(recipe: Run, source: SourceRecipe) -> int | None:
 
 def measure(shards: ShardSet, sequences: Sequences, name: str, faults: list[str]) -> Lengths | None:
     """Means over sequences of some documents, spread evenly; None where none is usable. Faults name the `name`."""
-    numbers = np.unique(np.linspace(0, len(shards) - 1, MEASURED).astype(int)).tolist()
+    numbers = looked_at(shards)
     found, wrong = [], Counter[str]()
     for number in numbers:
         try:
@@ -346,6 +345,8 @@ def measure(shards: ShardSet, sequences: Sequences, name: str, faults: list[str]
             found.append((tokens, supervised, len(made.media), tokens**2, frames))
     if wrong:
         faults.append(f"{name}: {wrong.total()} of {len(numbers)} documents were not usable; one: {next(iter(wrong))}")
+    if (said := cut_instructions(name, shards, sequences)) is not None:
+        faults.append(said)
     return Lengths(*np.mean(found, axis=0).tolist()) if found else None
 
 

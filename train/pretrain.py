@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from data_shards.convert import ACCOUNT, InstructionOptions, convert_each
-from data_shards.loader import MicroBatches, Source, rank_batches
+from data_shards.loader import MicroBatches, Source, cut_instructions, rank_batches
 from data_shards.order import SHARDS_AT_ONCE
 from data_shards.sequences import Sequences
 from data_shards.shards import ShardSet, open_shards
@@ -167,6 +167,8 @@ def train(
 ) -> None:
     """Set up what the loop reads from and writes to, and run it; `prepared` is `state.model`, made parallel."""
     data = micro_batches(recipe, sources, processor, state.model.config.media_attention)
+    if processes.is_main:
+        warn_of_cuts(recipe, data)
     batches = rank_batches(
         data,
         batch=recipe.batch,
@@ -265,6 +267,15 @@ def micro_batches(
     """The micro-batches of a recipe, by their numbers; `media_attention` is the model's."""
     sequences = Sequences(processor, media_attention=media_attention, **sequence_options(recipe))
     return MicroBatches(sources, sequences, micro_batch=recipe.micro_batch, seed=recipe.seed)
+
+
+def warn_of_cuts(recipe: Run, data: MicroBatches) -> None:
+    """Say which sources on this machine have instructions that are longer than a sequence."""
+    for source in data.sources:
+        if "://" in recipe.data.sources[source.name].shards:
+            continue
+        if (said := cut_instructions(f"data.sources.{source.name}", source.shards, data.sequences)) is not None:
+            print(f"warning: {said}")
 
 
 def sequence_options(recipe: Run) -> dict[str, Any]:

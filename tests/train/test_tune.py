@@ -209,6 +209,28 @@ def test_steps_of_epochs_and_shares_of_documents(folder: Path, tmp_path: Path) -
     assert "8 of 8 steps" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_instructions_longer_than_a_sequence_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a recipe for shorter sequences than the shards were made for, which loses pictures and answers silently,
+    and a warning about sources that fit, or about web pages, which are cut at random.
+    """
+    recipe = recipe_for(folder, tmp_path / "run", steps=1, train_language="frozen")
+    write_shards((document(n, 4) for n in range(6)), tmp_path / "pages")
+    recipe.data.sources["pages"] = SourceRecipe(str(tmp_path / "pages"))
+    assert plan(Tuning(recipe)).faults == []
+    fewer = replace(recipe, data=replace(recipe.data, max_media=2))
+    (fault,) = plan(Tuning(fewer)).faults
+    assert "data.sources.images: 8 of 17 documents are longer than a sequence (max_tokens=256, max_media=2)" in fault
+    tune(fewer, Processes())
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and f"warning: {fault}\n" in said
+    shorter = replace(recipe, data=replace(recipe.data, max_tokens=40))
+    told = {fault.partition(": ")[0]: fault for fault in plan(Tuning(shorter)).faults}
+    assert set(told) == {"data.sources.images", "data.sources.text"}, "two turns of text are longer than 40"
+    assert "8 of 17" in told["data.sources.images"] and "6 of 6" in told["data.sources.text"]
+
+
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
