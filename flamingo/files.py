@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from flamingo.errors import FlamingoError
 
 
 @contextmanager
@@ -31,6 +35,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FlamingoError: where it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FlamingoError(f"{path}: expected a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise FlamingoError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def sha256(path: Path) -> str:

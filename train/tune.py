@@ -25,7 +25,7 @@ from flamingo.backbones import backbone_identity, backbone_path
 from flamingo.convert import Options
 from flamingo.convert import load as load_converted
 from flamingo.errors import FlamingoError, command_line
-from flamingo.files import sha256
+from flamingo.files import read_object, sha256
 from flamingo.instructions import ANSWER
 from flamingo.interop import open_flamingo, otter
 from flamingo.packing import check_packing
@@ -145,7 +145,7 @@ def init_kind(recipe: TuneRecipe) -> str:
     config = folder / "config.json"
     if not config.is_file():
         return "flamingo"  # on the hub, or the loader says what is missing
-    found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    found = read_object(config).get("model_type")
     if found not in MODELS:
         raise FlamingoError(f"init.path: {path} holds a model of type {found}; expected one of {', '.join(MODELS)}")
     return found
@@ -210,13 +210,10 @@ def outline_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, 
     else:
         if init.vision is None or init.language is None:
             raise FlamingoError(f"init.kind={kind}: expected init.vision and init.language, its backbones")
-        options = open_flamingo.shape_options(otter.read_checkpoint(path), str(path), {})
+        shapes_of = otter.shape_options if kind == "otter" else open_flamingo.shape_options
+        options = shapes_of(otter.read_checkpoint(path), str(path), {})
         model, processor = outline_of_backbones(
-            init.vision,
-            init.language,
-            trust_remote_code=init.trust_remote_code,
-            extra_tokens=(ANSWER,) if kind == "otter" else (),
-            **options,
+            init.vision, init.language, trust_remote_code=init.trust_remote_code, **options
         )
     return model.float(), processor
 
@@ -230,7 +227,8 @@ def _loading(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
-        raise FlamingoError(f"init.path: {path}: cannot be loaded as a model: {said}") from error
+        missing = "" if path.exists() else "is not on this machine, and "
+        raise FlamingoError(f"init.path: {path}: {missing}cannot be loaded as a model: {said}") from error
 
 
 @command_line

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flamingo.backbones import from_backbones
 from flamingo.errors import FlamingoError
-from flamingo.files import whole
+from flamingo.files import read_object, whole
 from flamingo.instructions import ANSWER
 from flamingo.interop import open_flamingo
 from flamingo.interop.open_flamingo import NewOutputRows
@@ -42,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     for stem, suffix in WEIGHTS:
         index, file = path / f"{stem}.{suffix}.index.json", path / f"{stem}.{suffix}"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(read_object(index)["weight_map"].values()))
             read = [open_flamingo.read_checkpoint(path / shard) for shard in shards]
             return {name: tensor for shard in read for name, tensor in shard.items()}
         if file.is_file():
@@ -86,17 +86,26 @@ def from_otter(
     Raises:
         FlamingoError: as `load` and `from_backbones`.
     """
-    tensors, file = read_checkpoint(checkpoint), Path(checkpoint) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"model_type": "otter"}
-    heads = {name: config[name] for name in HEADS if name in config}
-    options = {"extra_tokens": (ANSWER,) if config.get("model_type") == "otter" else (), **heads, **options}
-    model, processor = from_backbones(
-        vision, language, **open_flamingo.shape_options(tensors, str(checkpoint), options)
-    )
+    tensors = read_checkpoint(checkpoint)
+    options = shape_options(tensors, checkpoint, options)
+    model, processor = from_backbones(vision, language, **options)
     open_flamingo.put(model, tensors, str(checkpoint), new_output_rows=new_output_rows, replace=True)
     if ANSWER in options["extra_tokens"]:
         processor.chat_template = chat_template(answer_mark=True, spaced=False)
     return model, processor
+
+
+def shape_options(tensors: Mapping[str, Tensor], checkpoint: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """As `open_flamingo.shape_options`, with the tokens and heads that the folder's config.json tells.
+
+    Raises:
+        FlamingoError: as that, and where config.json is no JSON object.
+    """
+    file = Path(checkpoint) / "config.json"
+    config = read_object(file) if file.is_file() else {"model_type": "otter"}
+    heads = {name: config[name] for name in HEADS if name in config}
+    options = {"extra_tokens": (ANSWER,) if config.get("model_type") == "otter" else (), **heads, **options}
+    return open_flamingo.shape_options(tensors, str(checkpoint), options)
 
 
 def save(model: FlamingoForConditionalGeneration, path: str | Path) -> None:

@@ -301,6 +301,8 @@ def test_every_kind_of_beginning(folder: Path, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path / "trained")
     open_flamingo.save(model, tmp_path / "checkpoint.pt")
     otter.save(model, tmp_path / "otter")
+    three, _ = from_backbones(folder / "vision", folder / "language", **{**SHAPE, "cross_attention_heads": 3})
+    otter.save(three, tmp_path / "three_heads")
     run = tmp_path / "run"
     left, _ = load(pretrain(short_pretraining(folder, run), Processes()))
     backbones = {"vision": str(folder / "vision"), "language": str(folder / "language")}
@@ -311,6 +313,7 @@ def test_every_kind_of_beginning(folder: Path, tmp_path: Path) -> None:
         "run": (InitRecipe(str(run)), left),
         "checkpoint": (InitRecipe(str(run / "checkpoints" / "step-000002")), left),
         "otter": (InitRecipe(str(tmp_path / "otter"), **imported), model),
+        "three heads": (InitRecipe(str(tmp_path / "three_heads"), **imported), three),
         "open_flamingo": (InitRecipe(str(tmp_path / "checkpoint.pt"), **imported), model),
     }
     for name, (init, source) in cases.items():
@@ -506,6 +509,7 @@ def test_a_dry_run_plans_adapters(
         ({"init": InitRecipe("")}, "init.path: expected"),
         ({"init": InitRecipe("{folder}/language", kind="open_flamingo")}, "expected init.vision and init.language"),
         ({"init": InitRecipe("{folder}/vision")}, "holds a model of type clip_vision_model"),
+        ({"init": InitRecipe("{folder}/half")}, "half/config.json: expected a JSON object"),
         ({"steps": 0, "epochs": 0.0}, "epochs=0"),
         ({"lora": LoraRecipe(rank=0)}, "lora.rank=0"),
         ({"lora": LoraRecipe(dropout=1.0)}, "lora.dropout=1"),
@@ -517,6 +521,8 @@ def test_a_dry_run_plans_adapters(
 )
 def test_mistakes_are_one_line(folder: Path, tmp_path: Path, change: dict[str, Any], culprit: str) -> None:
     """Catches tracebacks, and messages that do not name the culprit."""
+    (folder / "half").mkdir(exist_ok=True)
+    (folder / "half" / "config.json").write_text("{")
     recipe = recipe_for(folder, tmp_path, **change)
     recipe = replace(recipe, init=replace(recipe.init, path=recipe.init.path.replace("{folder}", str(folder))))
     with pytest.raises(FlamingoError) as raised:
