@@ -334,7 +334,7 @@ def make_instructions(recipe: Run, processes: Processes) -> dict[str, Any]:
     instructions = recipe.data.instructions
     assert instructions is not None
     folder, spaced = recipe.path(instructions.folder), isinstance(recipe, TuneRecipe) and recipe.spaced
-    limits = {"max_tokens": recipe.data.max_tokens, "max_media": recipe.data.max_media}
+    limits: dict[str, Any] = {"max_tokens": recipe.data.max_tokens, "max_media": recipe.data.max_media}
 
     def make() -> dict[str, Any]:
         shutil.rmtree(folder / "shards", ignore_errors=True)  # of a start that was stopped, perhaps with another seed
