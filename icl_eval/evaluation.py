@@ -1,14 +1,14 @@
-"""Few-shot evaluation of one model on some tasks: episodes → prompts → scores → results."""
+"""Few-shot evaluation of one model on some tasks: episodes → prompts → answers → results."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -22,58 +22,59 @@ from flamingo.errors import FlamingoError
 from flamingo.files import whole, write_text
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
-from icl_eval.demonstrations import Episode, check_shots, draw_episode
-from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, Prompt, plain, under_control
-from icl_eval.engine import TIE, Chunk, Engine, Ladder, Query
-from icl_eval.metrics import METRICS, bootstrap_interval
+from icl_eval.demonstrations import Episode, Similarity
+from icl_eval.diagnostics import DIAGNOSTICS
+from icl_eval.engine import TIE, Answerer, Engine
+from icl_eval.ledger import FolderLedger, MemoryLedger, is_distributed, rank_and_ranks, wait
+from icl_eval.metrics import METRICS, Score
+from icl_eval.outcomes import DECIMALS, DECIMALS_OF_FLOAT64, Outcome, decide, generated, ranked, top_k
+from icl_eval.questions import Asked, CellKey, Questions, cell_keys
 from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import HELD_OUT, Task, load_task
 
-SCHEMA = 1
+__all__ = ["TIE", "Cell", "Outcome", "Progress", "Results", "decide", "evaluate", "evaluate_answerer", "summary"]
+
+SCHEMA = 2
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+WINDOW = 256  # queries, at least, that are drawn, asked and written at a time
 PACKAGES = ("flamingo-icl", "torch", "transformers", "tokenizers", "numpy", "pillow")
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with a task's name, and how many of its queries are done and there are (all shots and controls)."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a model was asked in one query of a cell, and what it answered.
-
-    Attributes:
-        query_id: names the query within its task; the same for all shots and controls.
-        query: id of the picture that is asked about.
-        demonstrations: ids of the demonstrations' pictures, in order; `labels`: their labels.
-        candidates: the labels to choose among; `scores`: the log-likelihood of each, in nats.
-        target, prediction: indices into `candidates`.
-        tied: whether the two best scores are at most `TIE` apart; then the first of the best is the prediction.
-        prompt: SHA-256 of the rendered prompt and of the ids of its pictures, 16 hexadecimal digits.
-    """
-
-    query_id: str
-    query: str
-    demonstrations: tuple[str, ...]
-    labels: tuple[str, ...]
-    candidates: tuple[str, ...]
-    scores: tuple[float, ...]
-    target: int
-    prediction: int
-    tied: bool
-    prompt: str
+Closing = Callable[[], AbstractContextManager[Any]]
+"""Makes a context within which no picture reaches the language model."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table: a task at some shots per way, plain or under a control."""
+    """One number of the table: a task at some shots, plain or under a control.
+
+    Attributes:
+        task, shots, control: which.
+        score: all figures of the task's metric.
+        ties: queries whose best candidates were tied.
+        outcomes: of all queries, in their order; in memory, or read from a file when they are asked for.
+        zero_shot: how the prompts at 0 shots begin, as `Task.zero_shot`; None at others.
+    """
 
     task: str
     shots: int
     control: str | None
-    score: float
-    interval: tuple[float, float]
+    score: Score
     ties: int
-    outcomes: tuple[Outcome, ...] = field(repr=False)
+    outcomes: Sequence[Outcome] = field(repr=False)
+    zero_shot: str | None = None
+
+    @property
+    def value(self) -> float:
+        """The metric's headline."""
+        return self.score.value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % interval; NaN where there is none."""
+        return self.score.interval or (float("nan"), float("nan"))
 
 
 @dataclass
@@ -86,6 +87,8 @@ class Results:
         seed: of each task's draws.
         seconds: spent on each task.
         facts: versions, commit, machine, and what the caller adds (model, recipe).
+        diagnostics: by task: what its demonstrations contribute; see `icl_eval.verdicts`.
+        data: the folder of data sets that was given, for whoever shows the pictures; see `load_pool`.
     """
 
     tasks: dict[str, Task]
@@ -93,6 +96,8 @@ class Results:
     seed: dict[str, int]
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data: str | Path | None = None
 
     def cell(self, task: str, shots: int, control: str | None = None) -> Cell:
         """The cell of `task` at `shots` under `control`.
@@ -106,19 +111,7 @@ class Results:
         raise KeyError((task, shots, control))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the single outcomes, as plain data."""
-        cells = [
-            {
-                "task": cell.task,
-                "shots": cell.shots,
-                "control": cell.control,
-                self.tasks[cell.task].metric: cell.score,
-                "interval_95": list(cell.interval),
-                "episodes": len(cell.outcomes),
-                "ties": cell.ties,
-            }
-            for cell in self.cells
-        ]
+        """Everything but the single outcomes, as plain data: results.schema.json."""
         return {
             "schema": SCHEMA,
             "tie_nats": TIE,
@@ -126,24 +119,41 @@ class Results:
             "seeds": self.seed,
             "seconds": self.seconds,
             "tasks": {name: task.definition() for name, task in self.tasks.items()},
-            "cells": cells,
-            "predictions": "predictions.jsonl",
+            "cells": [_cell_as_dict(cell) for cell in self.cells],
+            **({"diagnostics": self.diagnostics} if self.diagnostics else {}),
+            "predictions": PREDICTIONS,
         }
 
     def save(self, folder: str | Path) -> Path:
         """Write `results.json` and `predictions.jsonl`, a line for each outcome; returns the former's path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "predictions.jsonl") as unfinished, unfinished.open("w", encoding="utf-8") as lines:
+        with whole(folder / PREDICTIONS) as unfinished, unfinished.open("w", encoding="utf-8") as lines:
             for cell in self.cells:
                 about = {"task": cell.task, "shots": cell.shots, "control": cell.control}
-                for outcome in cell.outcomes:
-                    scores = [round(score, 6) for score in outcome.scores]
-                    line = {**about, **vars(outcome), "scores": scores}
+                values = cell.score.per_item
+                for place, outcome in enumerate(cell.outcomes):
+                    value = None if values is None else float(values[place])
+                    line = {**about, **_outcome_as_dict(outcome), "value": value}
                     lines.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-        path = folder / "results.json"
+        path = folder / RESULTS
         write_text(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
         return path
+
+
+def _cell_as_dict(cell: Cell) -> dict[str, Any]:
+    about: dict[str, Any] = {"task": cell.task, "shots": cell.shots, "control": cell.control}
+    if cell.zero_shot is not None:
+        about["zero_shot"] = cell.zero_shot
+    return {**about, **cell.score.as_dict(), "ties": cell.ties}
+
+
+def _outcome_as_dict(outcome: Outcome) -> dict[str, Any]:
+    """Without what it does not have."""
+    left_out = {"group"} if outcome.group is None else set()
+    if not outcome.candidates:
+        left_out |= {"candidates", "scores", "tied"}
+    return {key: value for key, value in vars(outcome).items() if key not in left_out}
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -152,9 +162,9 @@ def summary(results: Results) -> dict[str, Any]:
     controls: dict[str, dict[str, float]] = {}
     for cell in results.cells:
         if cell.control is None:
-            tasks.setdefault(cell.task, {})[str(cell.shots)] = cell.score
+            tasks.setdefault(cell.task, {})[str(cell.shots)] = cell.value
         else:
-            controls.setdefault(cell.control, {})[cell.task] = cell.score
+            controls.setdefault(cell.control, {})[cell.task] = cell.value
     return {"tasks": tasks, "controls": controls, "chance": {name: task.chance for name, task in results.tasks.items()}}
 
 
@@ -163,13 +173,8 @@ def evaluate(
     processor: FlamingoProcessor,
     tasks: Sequence[str | Path | Task],
     *,
-    shots: Sequence[int] | None = None,
-    controls: Sequence[str] = (),
-    episodes: int | None = None,
     batch_size: int = 128,
-    seed: int | None = None,
-    split: str | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Results:
     """Score `model` on `tasks`. Under torch.distributed the ranks share the queries, and each returns all results.
 
@@ -177,62 +182,174 @@ def evaluate(
         model: any Flamingo; it is put into evaluation mode for the time being.
         processor: the model's.
         tasks: names, paths of YAML files, or tasks.
-        shots: instead of each task's own; a task that knows 0 shots only keeps to it.
-        controls: of `icl_eval.diagnostics.CONTROLS`, at `CONTROL_SHOTS` per way, for tasks with demonstrations.
-        episodes: queries of a cell, instead of each task's own number.
         batch_size: queries of a batch; scores do not depend on it beyond 1e-5.
+        options: of `evaluate_answerer`.
+
+    Raises:
+        FlamingoError: what is wrong with a task or an argument, in one line.
+    """
+    with evaluating(model):
+        return evaluate_answerer(
+            lambda: Engine(model, processor, batch_size=batch_size),
+            tasks,
+            **{
+                "closed": model.gates_closed,
+                "window": max(WINDOW, 4 * batch_size),
+                "decimals": DECIMALS_OF_FLOAT64 if model.dtype == torch.float64 else DECIMALS,
+                **options,
+            },
+        )
+
+
+def evaluate_answerer(
+    answerer: Answerer | Callable[[], Answerer],
+    tasks: Sequence[str | Path | Task],
+    *,
+    shots: Sequence[int] | None = None,
+    controls: Sequence[str] = (),
+    queries: int | None = None,
+    seed: int | None = None,
+    split: str | None = None,
+    zero_shot: str | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+    similarity: Callable[[Pool], Similarity] | None = None,
+    closed: Closing | None = None,
+    window: int = WINDOW,
+    decimals: int = DECIMALS,
+    progress: Progress | None = None,
+) -> Results:
+    """Score whatever answers, such as another project's model (`icl_eval.peers`).
+
+    Args:
+        answerer: it, or what makes it once tasks and arguments are checked.
+        tasks: names, paths of YAML files, or tasks.
+        shots: instead of each task's own; a task that knows 0 shots only keeps to it.
+        controls: of `icl_eval.diagnostics.DIAGNOSTICS`, at `CONTROL_SHOTS`, for tasks with demonstrations.
+        queries: of a cell, instead of each task's own number.
         seed: of all draws, instead of each task's own.
         split: instead of each task's own held-out split ("validation", to choose designs without touching the test
             classes); a split that is not held out stays.
+        zero_shot: instead of each task's own, but for fast binding.
+        data: the folder in which the folders of data sets are; see `load_pool`.
+        out: folder of the results, which all ranks see. Answers are written there as they come; an evaluation that was
+            killed goes on where it stopped. Without it all answers are kept in memory, and nothing is written.
+        facts: further facts of the results; they are part of what tells one unfinished evaluation from another.
+        similarity: makes what `demonstrations: rices` goes by.
+        closed: for the control `gates_at_zero`.
+        window: queries that are drawn, asked and written at a time: what is held in memory.
+        decimals: of scores that are kept.
         progress: see `Progress`; called on every rank.
 
     Raises:
         FlamingoError: what is wrong with a task or an argument, in one line.
     """
     prepared = [
-        _prepare(load_task(task) if not isinstance(task, Task) else task, shots, episodes, seed, split)
+        _prepare(load_task(task) if not isinstance(task, Task) else task, shots, queries, seed, split, zero_shot)
         for task in tasks
     ]
     if len({task.name for task in prepared}) < len(prepared):
         raise FlamingoError(f"tasks: expected different names, got {', '.join(task.name for task in prepared)}")
     for control in controls:
-        if control not in CONTROLS:
-            raise FlamingoError(f"controls: {control!r}, expected some of {', '.join(CONTROLS)}")
-    pools = {task.name: _checked_pool(task, controls) for task in prepared}
-    results = Results({task.name: task for task in prepared}, [], {task.name: task.seed for task in prepared}, {})
-    results.facts = provenance()
-    with evaluating(model):
-        engine = Engine(model, processor, batch_size=batch_size)
-        for task in prepared:
-            start = time.perf_counter()
-            results.cells += _run_task(engine, task, pools[task.name], controls, progress)
-            results.seconds[task.name] = time.perf_counter() - start
+        if control not in DIAGNOSTICS:
+            raise FlamingoError(f"controls: {control!r}, expected some of {', '.join(DIAGNOSTICS)}")
+    if "gates_at_zero" in controls and closed is None:
+        raise FlamingoError("controls: gates_at_zero, but this model has no gates to close")
+    keys = {task.name: cell_keys(task, controls) for task in prepared}
+    questions = {}
+    for task in prepared:
+        pool = load_pool(task, data)
+        # Features are made once the model is at hand.
+        questions[task.name] = Questions(replace(task, chance=_chance(task, pool)), pool, keys[task.name])
+    tasks_run = {name: each.task for name, each in questions.items()}
+    results = Results(tasks_run, [], {name: task.seed for name, task in tasks_run.items()}, {}, data=data)
+    results.facts = {**provenance(), **(facts or {})}
+    made = answerer() if callable(answerer) else answerer
+    ledger = MemoryLedger() if out is None else FolderLedger(Path(out), _identity(results, controls))
+    run = _Run(made, ledger, closed, window, decimals, progress)
+    for name, each in questions.items():
+        start = time.perf_counter()
+        if each.task.demonstrations == "rices" and similarity is not None:
+            each.draws.similarity = similarity(each.pool)
+        run.ask(each, keys[name])
+        outcomes = ledger.collect(name, keys[name])
+        results.cells += [_cell(each, key, outcomes[key]) for key in keys[name]]
+        results.seconds[name] = time.perf_counter() - start
+    if out is not None:
+        results.cells = _saved(results, Path(out))
+    ledger.close()
     return results
 
 
 def _prepare(
-    task: Task, shots: Sequence[int] | None, episodes: int | None, seed: int | None, split: str | None
+    task: Task,
+    shots: Sequence[int] | None,
+    queries: int | None,
+    seed: int | None,
+    split: str | None,
+    zero_shot: str | None,
 ) -> Task:
     if shots is not None and any(task.shots):
         task = replace(task, shots=tuple(sorted(set(shots))))
-    if episodes is not None:
-        if episodes < 1:
-            raise FlamingoError(f"episodes: {episodes}, expected at least 1")
-        task = replace(task, episodes=episodes)
+    if queries is not None:
+        if queries < 1:
+            raise FlamingoError(f"queries: {queries}, expected at least 1")
+        task = replace(task, queries=queries)
     if seed is not None:
         task = replace(task, seed=seed)
     if split is not None and task.split in HELD_OUT:
         task = replace(task, split=split)
+    if zero_shot is not None and not task.ways:
+        if zero_shot not in ("honest", "text_only"):
+            raise FlamingoError(f"zero_shot: {zero_shot!r}, expected honest or text_only")
+        task = replace(task, zero_shot=zero_shot)
     return task
 
 
-def _checked_pool(task: Task, controls: Sequence[str]) -> Pool:
-    pool = load_pool(task)
-    for count in task.shots:
-        check_shots(task, pool, count)
-    if any(task.shots) and controls:
-        check_shots(task, pool, CONTROL_SHOTS + ("random_query" in controls))
-    return pool
+def _chance(task: Task, pool: Pool) -> float | None:
+    """Expected score of a guess, where there is such a thing."""
+    if task.chance is not None:
+        return task.chance
+    if task.ways:
+        return 1 / task.ways
+    best = {"accuracy": 1, "top1": 1, "top5": 5}.get(task.metric)
+    if task.mode != "rank" or best is None:
+        return 0.5 if task.metric in ("roc_auc", "pope") else None
+    counts = [len(pool.choices(query)) for query in pool.queries]
+    return float(np.mean([min(best, count) / count for count in counts]))
+
+
+def _identity(results: Results, controls: Sequence[str]) -> dict[str, Any]:
+    """What must be the same for an evaluation to go on from an unfinished one."""
+    facts = {name: fact for name, fact in results.facts.items() if name not in ("commit", "machine")}
+    about = {"schema": SCHEMA, "controls": list(controls), "facts": facts}
+    tasks = {name: {**task.definition(), "file": ""} for name, task in results.tasks.items()}
+    return json.loads(json.dumps(about | {"tasks": tasks}))  # type: ignore[no-any-return]
+
+
+def _saved(results: Results, folder: Path) -> list[Cell]:
+    """Write the results; the cells with outcomes that are read from there."""
+    if rank_and_ranks()[0] == 0:
+        results.save(folder)
+    wait()
+    return list(_from_file(results.cells, folder / PREDICTIONS))
+
+
+def _from_file(cells: Sequence[Cell], path: Path) -> Iterator[Cell]:
+    from icl_eval.ledger import Lines
+
+    offsets, start = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            offsets.append(start)
+            start += len(line)
+    places = np.stack([np.zeros(len(offsets), np.int64), np.array(offsets, np.int64)], axis=1)
+    first = 0
+    for cell in cells:
+        last = first + len(cell.outcomes)
+        yield replace(cell, outcomes=Lines([path], places[first:last], Outcome.of))
+        first = last
 
 
 @contextmanager
@@ -248,112 +365,118 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 # -- one task ----------------------------------------------------------------------------------------------------------
 
-CellKey = tuple[int, str | None]
+
+@dataclass
+class _Run:
+    """Asks the queries of one rank, window by window."""
+
+    answerer: Answerer
+    ledger: MemoryLedger | FolderLedger
+    closed: Closing | None
+    window: int
+    decimals: int
+    progress: Progress | None
+
+    def ask(self, questions: Questions, keys: Sequence[CellKey]) -> None:
+        """Have a task's queries answered that are not yet."""
+        name, draws = questions.task.name, questions.draws
+        left = np.flatnonzero(~self.ledger.done(name, draws.count)).tolist()
+        rank, ranks = rank_and_ranks()
+        own = left[rank::ranks]
+        advance = self._advance(name, len(own) * len(keys))
+        for start in range(0, len(own), self.window):
+            numbers = own[start : start + self.window]
+            episodes = [draws.episode(number) for number in numbers]
+            answers = self._answered(questions, episodes, keys, advance)
+            self.ledger.add(name, dict(zip(numbers, answers, strict=True)))
+
+    def _advance(self, name: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def advance(queries: int) -> None:
+            nonlocal done
+            done += queries
+            if self.progress is not None:
+                self.progress(name, min(done, total), total)
+
+        return advance
+
+    def _answered(
+        self,
+        questions: Questions,
+        episodes: Sequence[Episode],
+        keys: Sequence[CellKey],
+        advance: Callable[[int], None],
+    ) -> list[dict[CellKey, Outcome]]:
+        """The outcomes of some queries in all cells."""
+        found: list[dict[CellKey, list[Any]]] = [defaultdict(list) for _ in episodes]
+        shut = [key for key in keys if key[1] == "gates_at_zero"]
+        for some in ([key for key in keys if key not in shut], shut):
+            asked = [(place, each) for place, ep in enumerate(episodes) for each in questions.asked(ep, some)]
+            if not some:
+                continue
+            with self.closed() if some is shut and self.closed is not None else nullcontext():
+                answers = self._ask(questions, [each for _, each in asked], advance)
+            for (place, each), row in zip(asked, answers, strict=True):
+                for key, answer in zip(each.keys, row, strict=True):
+                    found[place][key].append(answer)
+        return [
+            {key: self._outcome(questions, episode, key, answers[key]) for key in keys}
+            for episode, answers in zip(episodes, found, strict=True)
+        ]
+
+    def _ask(self, questions: Questions, asked: Sequence[Asked], advance: Callable[[int], None]) -> list[list[Any]]:
+        task, ladders = questions.task, [each.ladder for each in asked]
+        if task.generate is not None:
+            texts = self.answerer.generate(
+                questions.pool,
+                ladders,
+                max_new_tokens=task.generate.max_new_tokens,
+                beams=task.generate.beams,
+                progress=advance,
+            )
+            return [list(row) for row in texts]
+        best = top_k(task, questions.pool.candidates)
+        scores = self.answerer.rank(questions.pool, ladders, normalise=task.normalise, top_k=best, progress=advance)
+        return [list(row) for row in scores]
+
+    def _outcome(self, questions: Questions, episode: Episode, key: CellKey, answers: Sequence[Any]) -> Outcome:
+        prompt = questions.prompts(episode, key)[0]
+        if questions.task.generate is not None:
+            return generated(questions, episode, prompt, answers[0])
+        return ranked(questions, episode, prompt, np.mean(answers, axis=0), self.decimals)
 
 
-def _run_task(engine: Engine, task: Task, pool: Pool, controls: Sequence[str], progress: Progress | None) -> list[Cell]:
-    episodes = [draw_episode(task, pool, task.seed, number) for number in share(task.episodes)]
-    asked: list[CellKey] = [(count, None) for count in task.shots]
-    if any(task.shots):
-        asked += [(CONTROL_SHOTS, control) for control in controls]
-
-    done = 0
-
-    def advance(queries: int) -> None:
-        nonlocal done
-        done += queries
-        if progress is not None:
-            progress(task.name, done, len(episodes) * len(asked))
-
-    found: dict[CellKey, list[Outcome]] = {}
-    for keys in _sharing_demonstrations(asked):
-        prompts = [[_prompt(episode, key, task.seed) for key in keys] for episode in episodes]
-        ladders = [_ladder(task, episode, row) for episode, row in zip(episodes, prompts, strict=True)]
-        shut = engine.model.gates_closed() if keys[0][1] == "gates_at_zero" else nullcontext()
-        with shut:
-            scores = engine.rank(pool, ladders, normalise=task.normalise, progress=advance)
-        for column, key in enumerate(keys):
-            rows = zip(episodes, prompts, scores, strict=True)
-            found[key] = [_outcome(task, pool, episode, row[column], each[column]) for episode, row, each in rows]
-    return [_cell(task, key, gathered(found[key], lambda outcome: outcome.query_id)) for key in asked]
-
-
-def _sharing_demonstrations(asked: Sequence[CellKey]) -> list[list[CellKey]]:
-    """Cells whose prompts are nested in one another, shots ascending; the others each alone."""
-    nested = sorted((key for key in asked if key[1] in (None, "random_query")), key=lambda key: key[0])
-    return [nested, *([key] for key in asked if key not in nested)]
-
-
-def _prompt(episode: Episode, key: CellKey, seed: int) -> Prompt:
-    count, control = key
-    return plain(episode, count) if control is None else under_control(episode, count, control, seed)
-
-
-def _ladder(task: Task, episode: Episode, prompts: Sequence[Prompt]) -> Ladder:
-    longest = prompts[-1]  # they come in order of their shots
-    shown = zip(longest.images, longest.labels, strict=True)
-    answers = tuple(task.answer_text(name).removeprefix(task.prompt_text) for name in episode.names)
-    return Ladder(
-        tuple(Chunk((image, task.answer_text(label))) for image, label in shown),
-        tuple(Query(len(prompt.images), Chunk((prompt.query, task.prompt_text)), answers) for prompt in prompts),
-        episode.query_id,
-    )
-
-
-def _outcome(task: Task, pool: Pool, episode: Episode, prompt: Prompt, scores: np.ndarray) -> Outcome:
-    prediction, tied = decide(scores)
-    demonstrations = tuple(pool.items[index].id for index in prompt.images)
-    query = pool.items[prompt.query].id
-    rendered = "".join(f"<image>{task.answer_text(label)}<|endofchunk|>" for label in prompt.labels)
-    shown = "\n".join((rendered + "<image>" + task.prompt_text, *demonstrations, query))
-    return Outcome(
-        query_id=episode.query_id,
-        query=query,
-        demonstrations=demonstrations,
-        labels=prompt.labels,
-        candidates=prompt.candidates,
-        scores=tuple(scores.tolist()),
-        target=episode.target,
-        prediction=prediction,
-        tied=tied,
-        prompt=hashlib.sha256(shown.encode()).hexdigest()[:16],
-    )
-
-
-def _cell(task: Task, key: CellKey, outcomes: list[Outcome]) -> Cell:
-    targets = [outcome.target for outcome in outcomes]
-    values = METRICS[task.metric]([outcome.prediction for outcome in outcomes], targets)
-    ties = sum(outcome.tied for outcome in outcomes)
-    interval = bootstrap_interval(values, seed=task.seed)
-    return Cell(task.name, key[0], key[1], float(values.mean()), interval, ties, tuple(outcomes))
+def _cell(questions: Questions, key: CellKey, outcomes: Sequence[Outcome]) -> Cell:
+    task, metric = questions.task, METRICS[questions.task.metric]
+    predictions, targets, groups, ties = [], [], [], 0
+    for outcome in outcomes:
+        predictions.append(outcome.prediction)
+        targets.append(outcome.target)
+        groups.append(outcome.group)
+        ties += outcome.tied
+    together = not task.ways and (metric.grouped or len(set(groups)) < len(groups))
+    score = metric.score(predictions, targets, groups=groups if together else None, seed=task.seed)
+    zero_shot = task.zero_shot if key == (0, None) else None
+    return Cell(task.name, *key, score, ties, outcomes, zero_shot)
 
 
 # -- what every evaluation has in common -------------------------------------------------------------------------------
 
 
-def decide(scores: np.ndarray) -> tuple[int, bool]:
-    """The first of the candidates whose scores are at most `TIE` below the best, and whether there are several."""
-    best = scores >= scores.max() - TIE
-    return int(best.argmax()), bool(best.sum() > 1)
-
-
 def share(count: int) -> range:
     """Which of `count` queries are this rank's."""
-    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if _distributed() else (0, 1)
+    rank, ranks = rank_and_ranks()
     return range(rank, count, ranks)
 
 
 def gathered(own: list[T], place: Callable[[T], Any]) -> list[T]:
     """The outcomes of all ranks, in order of `place`."""
-    if not _distributed():
+    if not is_distributed():
         return own
     shares: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(shares, own)
     return sorted((outcome for share in shares for outcome in share), key=place)
-
-
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
 
 
 # -- where results come from -------------------------------------------------------------------------------------------

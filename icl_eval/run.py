@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from flamingo.errors import FlamingoError, command_line, plain_options
 from flamingo.files import sha256
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
-from icl_eval.evaluation import Cell, Results, evaluate
-from icl_eval.tasks import available, load_task
+from icl_eval.evaluation import RESULTS, Cell, Results, evaluate
+from icl_eval.tasks import available, load_task, needing_no_files
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -35,9 +35,10 @@ class Options:
 
     Attributes:
         model: folder of a saved Flamingo.
-        out: folder for results.json and predictions.jsonl.
-        shots: demonstrations per way, such as 0,1,4; empty: each task's own.
-        episodes: queries of a cell; unset: each task's own number.
+        out: folder for results.json and predictions.jsonl. An evaluation that was killed goes on from there.
+        data: folder in which the folders of data sets are; empty: FLAMINGO_EVAL_DATA, or the present folder.
+        shots: demonstrations, such as 0,1,4, in fast binding of each way; empty: each task's own.
+        queries: of a cell; unset: each task's own number.
         batch_size: queries of a batch; scores do not depend on it.
         seed: of all draws; unset: each task's own.
         split: held-out split to use instead of each task's own: "validation" while designs are being chosen.
@@ -47,8 +48,9 @@ class Options:
 
     model: str
     out: str
+    data: str = ""
     shots: str = ""
-    episodes: int | None = None
+    queries: int | None = None
     batch_size: int = 128
     seed: int | None = None
     split: str | None = None
@@ -73,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
     except ArgumentError as error:
         raise FlamingoError(str(error)) from None
     names = [name for each in parsed.pop("task") or [] for name in each.split(",") if name]
-    return Options(**vars(parsed)), names or available()
+    return Options(**vars(parsed)), names or needing_no_files()
 
 
 def parse_shots(text: str) -> list[int] | None:
@@ -161,7 +163,7 @@ def _table(
     for name, task in results.tasks.items():
         row = [cells.get((name, *key)) for _, key in columns]
         if any(row):
-            shown.add_row(name, *map(_shown, row), f"{task.chance:.3f}")
+            shown.add_row(name, *map(_shown, row), "" if task.chance is None else f"{task.chance:.3f}")
     return shown
 
 
@@ -169,7 +171,7 @@ def _shown(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     low, high = (f"{end:.3f}".removeprefix("0") for end in cell.interval)
-    return f"{cell.score:.3f}{'*' if cell.ties else ''}\n[dim]{low}–{high}[/dim]"
+    return f"{cell.value:.3f}{'*' if cell.ties else ''}\n[dim]{low}–{high}[/dim]"
 
 
 @contextmanager
@@ -220,18 +222,19 @@ def main() -> None:
             tasks,
             shots=shots,
             controls=CONTROLS if options.controls else (),
-            episodes=options.episodes,
+            queries=options.queries,
+            data=options.data or None,
             batch_size=options.batch_size,
             seed=options.seed,
             split=options.split,
+            out=options.out,
+            facts={"model": identity(options.model)},
             progress=progress,
         )
     if rank == 0:
-        results.facts["model"] = identity(options.model)
-        path = results.save(options.out)
         console = Console()
         console.print(table(results))
-        console.print(str(path), soft_wrap=True)
+        console.print(str(Path(options.out, RESULTS)), soft_wrap=True)
 
 
 def _device(name: str) -> str:

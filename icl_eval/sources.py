@@ -1,126 +1,209 @@
-"""Where a task's pictures come from: a small registry of item sources. Each makes the pool of one task."""
+"""The examples of a task: its queries, what demonstrations are drawn from, and the media of both."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 
-from flamingo.document import Image
+from flamingo.document import Image, Medium, Video
 from flamingo.errors import FlamingoError
-from icl_eval.tasks import HELD_OUT, Task
+from icl_eval.datasets import DataSet, Example, load_dataset
+from icl_eval.tasks import Task
 
-# Training draws the variants below; so no picture of an evaluation was ever trained on, whatever the seeds.
-FIRST_VARIANT = 10_000
-PICTURE_SEED = 0
-VARIANTS = 16
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture of a pool: its id in results, its class, and the class's fixed name where it has one."""
-
-    id: str
-    kind: str
-    label: str | None = None
+ROOT = "FLAMINGO_EVAL_DATA"
+"""environment variable: the folder in which the folders of data sets are, where none is given"""
+KEPT_BYTES = 2**26
+"""of encoded media: a medium is hashed when it is drawn and read again soon after, to be shown"""
 
 
-@dataclass(frozen=True)
 class Pool:
-    """The items of a task, in a fixed order.
+    """The examples of a task, in a fixed order, and their media, each under a number (`icl_eval.engine.Library`).
 
     Attributes:
-        items: ids are unique over all sources, so that tasks can share encoded pictures.
-        images: the pictures at some indices, drawn or read when they are needed.
-        by_kind: indices of the items of each class.
+        task: whose they are.
+        queries: the examples of its split.
+        support: those that demonstrations are drawn from; the same object where the splits are the same.
+        candidates: answers to choose among, for examples that have none of their own.
     """
 
-    items: tuple[Item, ...]
-    images: Callable[[Sequence[int]], list[Image]]
-    by_kind: dict[str, tuple[int, ...]] = field(init=False)
+    def __init__(self, task: Task, dataset: DataSet):
+        self.task, self.dataset = task, dataset
+        self.queries = dataset.examples(task.split)
+        same = task.support_split == task.split
+        self.support = self.queries if same else dataset.examples(task.support_split)
+        self.candidates = dataset.candidates() if task.mode == "rank" and not task.ways else ()
+        self._names: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._digests: dict[int, bytes] = {}
+        self._kept: OrderedDict[int, Medium] = OrderedDict()
+        self._kept_bytes = 0
 
-    def __post_init__(self) -> None:
-        by_kind = defaultdict(list)
-        for index, item in enumerate(self.items):
-            by_kind[item.kind].append(index)
-        object.__setattr__(self, "by_kind", {kind: tuple(indices) for kind, indices in by_kind.items()})
+    # -- media ---------------------------------------------------------------------------------------------------------
+
+    def indices(self, example: Example) -> tuple[int, ...]:
+        """Numbers of an example's media, for this object's other methods."""
+        found = []
+        for name in example.media:
+            if name not in self._numbers:
+                self._numbers[name] = len(self._names)
+                self._names.append(name)
+            found.append(self._numbers[name])
+        return tuple(found)
 
     def name(self, index: int) -> str:
-        """Id of the picture at an index (`icl_eval.engine.Library`)."""
-        return self.items[index].id
+        """Id of a medium, unique over all data sets."""
+        return f"{self.task.dataset}/{self._names[index]}"
 
-    def media(self, indices: Sequence[int]) -> list[Image]:
-        """The pictures at some indices (`icl_eval.engine.Library`)."""
-        return self.images(indices)
+    def media(self, indices: Sequence[int]) -> list[Medium]:
+        """The media at some numbers.
 
-    def label(self, kind: str) -> str | None:
-        """The fixed name of a class, None where it has none."""
-        return self.items[self.by_kind[kind][0]].label
+        Raises:
+            FlamingoError: one cannot be read; it names the file.
+        """
+        return [self._medium(index) for index in indices]
+
+    def _medium(self, index: int) -> Medium:
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            return self._kept[index]
+        medium = self.dataset.medium(self._names[index])
+        self._kept[index] = medium
+        self._kept_bytes += _size(medium)
+        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= _size(self._kept.popitem(last=False)[1])
+        return medium
+
+    def digests(self, example: Example) -> set[bytes]:
+        """SHA-256 of the content of each of an example's media."""
+        found = set()
+        for index in self.indices(example):
+            if index not in self._digests:
+                self._digests[index] = _digest(self._medium(index))
+            found.add(self._digests[index])
+        return found
+
+    # -- indices of examples -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def queries_by_label(self) -> Mapping[str, Sequence[int]]:
+        """Places among the queries by class, both in the order of the split."""
+        return by_label(self.queries, range(len(self.queries)))
+
+    @cached_property
+    def support_by_label(self) -> Mapping[str, Sequence[int]]:
+        """Places in the support by class."""
+        return self.queries_by_label if self.same else by_label(self.support, range(len(self.support)))
+
+    @cached_property
+    def support_within(self) -> Mapping[str, Sequence[int]]:
+        """Places in the support by the task's field `within`."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for place, example in enumerate(self.support):
+            found[self.group(example)].append(place)
+        return found
+
+    def group(self, example: Example) -> str:
+        """An example's field `within`.
+
+        Raises:
+            FlamingoError: it has no such field.
+        """
+        if self.task.within not in example.fields:
+            raise FlamingoError(
+                f"{self.task.file}: within: {self.task.within!r}, example {example.id!r} of {self.task.dataset} has "
+                f"{', '.join(example.fields) or 'no fields'}"
+            )
+        return example.fields[self.task.within]
+
+    @property
+    def same(self) -> bool:
+        """Whether queries and support are the same examples."""
+        return self.queries is self.support
+
+    def choices(self, example: Example) -> tuple[str, ...]:
+        """The candidate answers to an example.
+
+        Raises:
+            FlamingoError: there are none.
+        """
+        found = example.candidates or self.candidates
+        if not found:
+            raise FlamingoError(
+                f"{self.task.file}: mode: rank, but neither {self.task.dataset} nor its example {example.id!r} has "
+                "candidates"
+            )
+        return found
 
 
-def glyphs(task: Task) -> Pool:
-    """Pictures of the embedded world's classes; split "known" holds the classes whose names were taught."""
-    from data_shards.glyphs.pictures import PictureKey, load_world
-    from data_shards.glyphs.words import fixed_names
-
-    world = load_world()
-    labels: dict[int, str] = {}
-    if task.split == "known":
-        classes, labels = world.known, fixed_names()
-    elif task.split in ("train", *HELD_OUT):
-        classes = world.split(task.split)
-    else:
-        raise _unknown_split(task, ("known", "train", *HELD_OUT))
-    variants = range(FIRST_VARIANT, FIRST_VARIANT + (task.variants or VARIANTS))
-    keys = [PictureKey(kind, variant, PICTURE_SEED) for kind in classes for variant in variants]
-
-    def images(indices: Sequence[int]) -> list[Image]:
-        chosen = [keys[index] for index in indices]
-        pictures = world.pngs(chosen)
-        return [Image(png, f"{key.class_id}-{key.variant}.png") for key, png in zip(chosen, pictures, strict=True)]
-
-    items = (Item(f"glyphs/{key.class_id}/{key.variant}", str(key.class_id), labels.get(key.class_id)) for key in keys)
-    return Pool(tuple(items), images)
+def by_label(examples: Sequence[Example], places: Sequence[int]) -> dict[str, list[int]]:
+    """Some places in a row of examples, by class; those without a class are left out."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for place in places:
+        label = examples[place].label
+        if label is not None:
+            found[label].append(place)
+    return dict(found)
 
 
-def digits(task: Task) -> Pool:
-    """scikit-learn's 1,797 handwritten digits: every fourth is "validation", the others are "test"."""
-    from data_shards.glyphs.pictures import digits as load_digits
-
-    if task.split not in ("test", "validation"):
-        raise _unknown_split(task, ("test", "validation"))
-    pictures = load_digits()
-    numbers = [n for n in range(len(pictures)) if (n % 4 == 0) == (task.split == "validation")]
-    return Pool(
-        tuple(Item(f"digits/{n}", str(pictures[n][0])) for n in numbers),
-        lambda indices: [Image(pictures[n][1], f"digit-{n}.png") for n in (numbers[index] for index in indices)],
-    )
-
-
-SOURCES: dict[str, Callable[[Task], Pool]] = {"glyphs": glyphs, "digits": digits}
-
-
-def load_pool(task: Task) -> Pool:
+def load_pool(task: Task, root: str | Path | None = None) -> Pool:
     """The pool of `task`.
 
+    Args:
+        task: whose data set it is.
+        root: the folder in which the folders of data sets are; default: `FLAMINGO_EVAL_DATA`, or the present folder.
+
     Raises:
-        FlamingoError: unknown source or split; fewer classes than ways; fixed names asked of items without labels.
+        FlamingoError: the data set is unknown, missing or malformed, it does not fit the task, or an example asked for
+            by its class has none.
     """
-    if task.source not in SOURCES:
-        raise FlamingoError(f"{task.file}: source: {task.source!r}, expected one of {', '.join(SOURCES)}")
-    pool = SOURCES[task.source](task)
-    if len(pool.by_kind) < task.ways:
-        raise FlamingoError(
-            f"{task.file}: ways: {task.ways}, but split {task.split!r} of {task.source} has {len(pool.by_kind)} classes"
-        )
-    unlabelled = [kind for kind in pool.by_kind if pool.label(kind) is None]
-    if task.names == "fixed" and unlabelled:
-        raise FlamingoError(
-            f"{task.file}: names: fixed, but {len(unlabelled)} classes in split {task.split!r} of {task.source} have "
-            f"no labels (first: class {unlabelled[0]}), and without labels there is nothing to ask at 0 shots"
-        )
+    try:
+        dataset = load_dataset(task.dataset, Path(root or os.environ.get(ROOT, ".")))
+    except FlamingoError as error:
+        raise FlamingoError(f"{task.file}: dataset: {error}") from None
+    for key in ("split", "support_split"):
+        split = getattr(task, key)
+        if split not in dataset.splits:
+            raise FlamingoError(
+                f"{task.file}: {key.partition('_')[0]}: {split!r}, {task.dataset} has {', '.join(dataset.splits)}"
+            )
+    pool = Pool(task, dataset)
+    if task.ways:
+        _check_classes(task, pool)
     return pool
 
 
-def _unknown_split(task: Task, splits: tuple[str, ...]) -> FlamingoError:
-    return FlamingoError(f"{task.file}: split: {task.split!r}, {task.source} has {', '.join(splits)}")
+def _check_classes(task: Task, pool: Pool) -> None:
+    """Fast binding needs classes enough, and names for them where it asks for their own."""
+    classes = [label for label in pool.queries_by_label if label in pool.support_by_label]
+    if len(classes) < task.ways:
+        raise FlamingoError(
+            f"{task.file}: ways: {task.ways}, but split {task.split!r} of {task.dataset} has {len(classes)} classes"
+        )
+    nameless = [
+        label for label, places in pool.queries_by_label.items() if label not in pool.queries[places[0]].answers
+    ]
+    if task.names == "fixed" and nameless:
+        raise FlamingoError(
+            f"{task.file}: names: fixed, but {len(nameless)} classes in split {task.split!r} of {task.dataset} have "
+            f"no names (first: class {nameless[0]}), and without names there is nothing to ask at 0 shots"
+        )
+
+
+def _frames(medium: Medium) -> tuple[Image, ...]:
+    return medium.frames if isinstance(medium, Video) else (medium,)
+
+
+def _size(medium: Medium) -> int:
+    return sum(len(frame.data) for frame in _frames(medium))
+
+
+def _digest(medium: Medium) -> bytes:
+    """Of an image, of its file; of a video, of all its frames."""
+    hashed = hashlib.sha256()
+    for frame in _frames(medium):
+        hashed.update(frame.data)
+    return hashed.digest()

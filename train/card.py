@@ -125,7 +125,7 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     """Tasks by shots per way, with 95 % intervals; controls below."""
     plain = [cell for cell in results["cells"] if cell["control"] is None]
     shots = sorted({cell["shots"] for cell in plain})
-    shown = {(cell["task"], cell["shots"]): _score(cell, results["tasks"][cell["task"]]) for cell in plain}
+    shown = {(cell["task"], cell["shots"]): _score(cell) for cell in plain}
     tasks = list(dict.fromkeys(cell["task"] for cell in plain))
     rows = [(task, *(shown.get((task, count), "–") for count in shots)) for task in tasks]
     commit = results["facts"].get("commit") or "unknown"
@@ -136,10 +136,7 @@ def _scores(results: Mapping[str, Any]) -> list[str]:
     ]
     controls = [cell for cell in results["cells"] if cell["control"] is not None]
     if controls:
-        found = [
-            (cell["control"], cell["task"], str(cell["shots"]), _score(cell, results["tasks"][cell["task"]]))
-            for cell in controls
-        ]
+        found = [(cell["control"], cell["task"], str(cell["shots"]), _score(cell)) for cell in controls]
         parts += ["Controls, which must be at chance:", _table(("control", "task", "shots", "score"), found)]
     return parts
 
@@ -157,9 +154,11 @@ def _scores_while_training(step: int, log: Iterable[Mapping[str, Any]]) -> list[
     return ["## Few-shot scores", "Taken while training, on few queries:", table]
 
 
-def _score(cell: Mapping[str, Any], task: Mapping[str, Any]) -> str:
-    low, high = cell["interval_95"]
-    return f"{cell[task['metric']]:.3f} ({low:.3f}–{high:.3f})"
+def _score(cell: Mapping[str, Any]) -> str:
+    """The headline of the metric."""
+    figure = next(iter(cell["figures"].values()))
+    interval = "" if figure["interval"] is None else " ({:.3f}–{:.3f})".format(*figure["interval"])
+    return f"{figure['value']:.3f}{interval}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -19,12 +19,13 @@ from PIL import Image as PilImage
 from torch import nn
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.document import Document, Image, Segment, Text
+from flamingo.document import Document, Image
 from flamingo.processing import END_OF_CHUNK
-from icl_eval.demonstrations import check_shots, draw_episode
-from icl_eval.diagnostics import Prompt, plain
+from icl_eval.demonstrations import Episode
 from icl_eval.evaluation import evaluate
-from icl_eval.sources import Pool, load_pool
+from icl_eval.prompts import prompt_document
+from icl_eval.questions import Questions, cell_keys
+from icl_eval.sources import load_pool
 from icl_eval.tasks import HELD_OUT, Task, load_task
 from train.checkpoint import TrainingState
 from train.parallel import Processes, gathered
@@ -51,23 +52,21 @@ class Evaluations:
     tracker: Tracker
     processes: Processes
     tasks: list[Task] = field(default_factory=list, init=False)
-    pools: dict[str, Pool] = field(default_factory=dict, init=False)
+    questions: dict[str, Questions] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not self.recipe.evaluation.every:
             return
         self.tasks = [self._prepared(name) for name in self.recipe.evaluation.tasks]
         for task in self.tasks:
-            self.pools[task.name] = load_pool(task)
-            for shots in task.shots:
-                check_shots(task, self.pools[task.name], shots)
+            self.questions[task.name] = Questions(task, load_pool(task), cell_keys(task, ()))
 
     def _prepared(self, name: str) -> Task:
         """A task with the recipe's split, shots and number of queries."""
         settings, task = self.recipe.evaluation, load_task(name)
         split = settings.split if settings.split and task.split in HELD_OUT else task.split
         shots = tuple(sorted(set(settings.shots))) if any(task.shots) else task.shots
-        return replace(task, split=split, shots=shots, episodes=settings.queries)
+        return replace(task, split=split, shots=shots, queries=settings.queries)
 
     def run(self, step: int) -> None:
         """Evaluate the model as it is after `step`; all processes call this.
@@ -81,7 +80,7 @@ class Evaluations:
         with undisturbed(model), gathered(model), precision:
             results = evaluate(model, self.processor, self.tasks, batch_size=self.recipe.evaluation.batch)
             generations = self._generations() if self.processes.is_main else []
-        scores = {f"fewshot/{cell.task}/{cell.shots}": cell.score for cell in results.cells}
+        scores = {f"fewshot/{cell.task}/{cell.shots}": cell.value for cell in results.cells}
         self.tracker.log(step, scores | {"samples": float(step * self.recipe.batch)}, generations)
 
     def _generations(self) -> list[Generation]:
@@ -91,36 +90,40 @@ class Evaluations:
 
     def _answered(self, task: Task, count: int) -> list[Generation]:
         """The task's first queries, each after as few demonstrations as there may be."""
-        pool, shots = self.pools[task.name], min((shots for shots in task.shots if shots), default=0)
-        episodes = [draw_episode(task, pool, task.seed, number) for number in range(count)]
-        prompts = [plain(episode, shots) for episode in episodes]
-        documents = [prompt_document(task, pool, prompt) for prompt in prompts]
-        labels = {task.answer_text(name) for episode in episodes for name in episode.names}
-        answers = generate(self.state.model, self.processor, documents, longest=labels)
+        questions, shots = self.questions[task.name], min((shots for shots in task.shots if shots), default=0)
+        asked = [_Asked(questions, questions.draws.episode(number), shots) for number in range(count)]
+        longest = {text for each in asked for text in (*each.candidates, *each.right)}
+        answers = generate(self.state.model, self.processor, [each.document for each in asked], longest=longest)
         return [
             Generation(
                 task=task.name,
                 shots=shots,
-                query=episode.query_id,
-                demonstrations=in_a_row(document.images[:-1]),
-                prompt=self.processor.encode(document).text,
-                picture=small(document.images[-1]),
-                answer=(right := _label(task, task.answer_text(episode.names[episode.target]))),
+                query=each.episode.query_id,
+                demonstrations=in_a_row(each.shown),
+                prompt=self.processor.encode(each.document).text,
+                picture=in_a_row(each.pictures) or PilImage.new("RGB", (1, 1), "white"),
+                answer=each.right[0] if each.right else "",
                 generated=answer,
-                right=answer == right,
+                right=answer in each.right,
             )
-            for episode, document, answer in zip(episodes, documents, answers, strict=True)
+            for each, answer in zip(asked, answers, strict=True)
         ]
 
 
-def prompt_document(task: Task, pool: Pool, prompt: Prompt) -> Document:
-    """Demonstrations and query as the document that the model goes on from."""
-    *shown, query = pool.images([*prompt.images, prompt.query])
-    segments: list[Segment] = []
-    for image, label in zip(shown, prompt.labels, strict=True):
-        segments += [image, Text(task.answer_text(label))]
-    segments += [query, Text(task.prompt_text)]
-    return Document(tuple(segments), complete=False)
+class _Asked:
+    """A query that is answered freely: its prompt, the pictures in it, and answers as the model has to say them."""
+
+    def __init__(self, questions: Questions, episode: Episode, shots: int):
+        self.episode = episode
+        prompt = questions.prompts(episode, (shots, None))[0]
+        *shown, query = questions.chunks(prompt)
+        pool, answer = questions.pool, questions.template.answer
+        self.document = prompt_document(pool, (*shown, query))
+        self.pictures = Document(tuple(pool.media(query.media))).images
+        self.shown = self.document.images[: len(self.document.images) - len(self.pictures)]
+        self.candidates = tuple(answer(text).strip() for text in prompt.candidates)
+        known = prompt.query.answers if episode.target is None else (prompt.candidates[episode.target],)
+        self.right = tuple(answer(text).strip() for text in known)
 
 
 def generate(
@@ -143,11 +146,6 @@ def generate(
     new = ids[:, batch["input_ids"].shape[1] :]
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.partition(END_OF_CHUNK)[0].strip() for text in texts]
-
-
-def _label(task: Task, text: str) -> str:
-    """What the model has to say after the prompt for the answer `text`."""
-    return text.removeprefix(task.prompt_text).strip()
 
 
 def small(image: Image) -> PilImage.Image:

@@ -284,7 +284,7 @@ def score_tasks(
         processor,
         [load_task(name) for name in tasks],
         controls=controls,
-        episodes=recipe.episodes,
+        queries=recipe.episodes,
         batch_size=recipe.eval_batch,
         seed=recipe.seed,
         progress=noting(stages),

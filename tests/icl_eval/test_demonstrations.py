@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flamingo import FlamingoError
-from icl_eval.demonstrations import check_shots, draw_episode
+from icl_eval.datasets import load_dataset
+from icl_eval.demonstrations import Draws, check_shots
 from icl_eval.diagnostics import CONTROL_SHOTS, plain, under_control
 from icl_eval.metrics import bootstrap_interval
 from icl_eval.sources import load_pool
-from icl_eval.tasks import FOLDER, available, load_task
+from icl_eval.tasks import FOLDER, available, load_task, needing_no_files
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +23,19 @@ def glyphs():
     return task, load_pool(task)
 
 
+EMBEDDED = {"glyphs_5way", "glyphs_2way", "scripts_5way", "digits_5way", "digits_2way", "naming"}
+
+
 def test_every_task_of_the_package_loads():
     """A shipped task with a key that the code no longer knows, over thirty lines, or without pictures."""
-    assert {"glyphs_5way", "glyphs_2way", "scripts_5way", "digits_5way", "digits_2way", "naming"} <= set(available())
+    assert set(needing_no_files()) == EMBEDDED < set(available())
     for name in available():
         task = load_task(name)
         assert task.name == name
         assert len((FOLDER / f"{name}.yaml").read_text().splitlines()) <= 30
-        assert task.chance == pytest.approx(1 / task.ways, abs=1e-4)
+        assert {task.split, task.support_split} <= set(load_dataset(task.dataset, Path()).splits)
+    for name in EMBEDDED:
+        task = load_task(name)
         for shots in task.shots:
             check_shots(task, load_pool(task), shots)
 
@@ -37,13 +44,23 @@ def test_every_task_of_the_package_loads():
     "change, message",
     [
         ({"wyas": 5}, "unknown key 'wyas' (did you mean 'ways'?)"),
-        ({"ways": None}, "missing key 'ways'"),
+        ({"split": None}, "missing key 'split'"),
         ({"shots": "0, 1"}, "shots: '0, 1', expected a list of integers"),
         ({"shots": [-1]}, "shots: [-1], expected numbers from 0"),
-        ({"episodes": True}, "episodes: True, expected an integer"),
+        ({"queries": True}, "queries: True, expected an integer"),
+        ({"queries": 0}, "queries: 0, expected at least 1"),
+        ({"generate": {"beams": 2}}, "generate: {'beams': 2}, expected max_new_tokens and beams"),
+        ({"mode": "generate"}, "generate: None, expected max_new_tokens and beams"),
+        ({"demonstrations": "random"}, "demonstrations: 'random', expected balanced where there are ways"),
+        ({"ensemble": 7}, "ensemble: 7, expected 1 to 6"),
+        ({"separator": "|"}, "separator: '|', expected white space"),
+        ({"metric": "acc"}, "metric: 'acc', expected one of accuracy, top1"),
+        ({"include": "no.yaml"}, "include: 'no.yaml', expected a file beside it"),
+        ({"support": "tset"}, "support: 'tset', glyphs has"),
         ({"names": "any"}, "names: 'any', expected one of fresh, fixed"),
-        ({"template": "{label}"}, "template: '{label}', expected <image>"),
-        ({"source": "web"}, "source: 'web', expected one of glyphs, digits"),
+        ({"template": "<image>"}, "template: '<image>', expected {answer} or {label} once"),
+        ({"template": "{label}<image>"}, "template: '{label}<image>', expected each <image> before the answer"),
+        ({"dataset": "glyhps"}, "dataset: data set 'glyhps' (did you mean 'glyphs'?)"),
         ({"split": "tset"}, "split: 'tset', glyphs has"),
         ({"ways": 5000}, "ways: 5000, but split 'test' of glyphs has"),
         ({"names": "fixed", "shots": [0]}, "names: fixed, but"),
@@ -61,42 +78,58 @@ def test_a_bad_task_names_file_and_key(tmp_path, change, message):
     assert str(raised.value).startswith(f"{file}: {message}")
 
 
+def test_what_is_included_counts_unless_a_file_says_otherwise(tmp_path):
+    """Keys of the included file that win, files that include one another for ever, a fault told of the wrong file."""
+    (tmp_path / "_base.yaml").write_text((FOLDER / "glyphs_5way.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text("include: _base.yaml\nname: mine\nshots: [1]\n")
+    assert load_task(tmp_path / "mine.yaml") == dataclasses.replace(
+        load_task("glyphs_5way"), name="mine", shots=(1,), file=str(tmp_path / "mine.yaml")
+    )
+    (tmp_path / "_base.yaml").write_text("include: mine.yaml\n")
+    with pytest.raises(FlamingoError, match=r"mine\.yaml: include: it includes itself"):
+        load_task(tmp_path / "mine.yaml")
+    (tmp_path / "_base.yaml").write_text("wyas: 2\n")
+    with pytest.raises(FlamingoError, match=r"_base\.yaml: unknown key 'wyas'"):
+        load_task(tmp_path / "mine.yaml")
+
+
 def test_episodes_depend_on_seed_task_and_query_alone(glyphs):
     """Draws from one shared generator: then episode 7 changes with how many were drawn before it, or on which rank."""
     task, pool = glyphs
-    in_order = [draw_episode(task, pool, 3, number) for number in range(8)]
-    alone = draw_episode(dataclasses.replace(task, shots=(1,), episodes=2), pool, 3, 7)
-    for field in dataclasses.fields(alone):
-        assert np.array_equal(getattr(in_order[7], field.name), getattr(alone, field.name)), field.name
-    others = [draw_episode(task, pool, 4, 7), draw_episode(dataclasses.replace(task, name="other"), pool, 3, 7)]
-    assert all(not np.array_equal(other.ranking, alone.ranking) for other in others)
+    draws = Draws(task, pool, 3, 8)
+    in_order = [draws.episode(number) for number in range(8)]
+    fewer = Draws(dataclasses.replace(task, shots=(1,), queries=2), load_pool(task), 3, 1).episode(7)
+    assert dataclasses.replace(in_order[7], ranking=in_order[7].ranking[:5]) == fewer
+    others = [Draws(task, pool, 4, 8), Draws(dataclasses.replace(task, name="other"), pool, 3, 8)]
+    assert all(other.episode(7).ranking != in_order[7].ranking for other in others)
 
 
 def test_shots_are_nested_balanced_and_without_the_query(glyphs):
     """A query among its own demonstrations, a way shown more often than others, k shots that do not begin k + 1."""
     task, pool = glyphs
+    draws = Draws(task, pool, 0, 8)
     for number in range(200):
-        episode = draw_episode(task, pool, 0, number)
+        episode = draws.episode(number)
         prompts = [plain(episode, shots) for shots in (0, 1, 2, 4, 8)]
         longest = prompts[-1]
-        assert episode.query not in longest.images
-        assert len(set(longest.images)) == len(longest.images) == 40
+        assert episode.query.id not in longest.demonstrations
+        assert len(set(longest.demonstrations)) == len(longest.demonstrations) == 40
         for prompt in prompts:
-            assert longest.images[: len(prompt.images)] == prompt.images
-            assert longest.labels[: len(prompt.labels)] == prompt.labels
-            assert {prompt.labels.count(name) for name in episode.names} == {len(prompt.labels) // 5}
+            assert longest.shown[: len(prompt.shown)] == prompt.shown
+            assert {prompt.answers.count(name) for name in episode.candidates} == {len(prompt.shown) // 5}
         label_of = {}
-        for image, label in zip(longest.images, longest.labels, strict=True):
-            assert label_of.setdefault(pool.items[image].kind, label) == label
-        assert label_of[pool.items[episode.query].kind] == episode.names[episode.target]
+        for each in longest.shown:
+            assert label_of.setdefault(each.example.label, each.answer) == each.answer
+        assert label_of[episode.query.label] == episode.candidates[episode.target]
 
 
 def test_neither_position_nor_order_gives_the_answer_away(glyphs):
     """The right way always first, or the query's class always shown last: a model could be right without looking."""
     task, pool = glyphs
-    episodes = [draw_episode(task, pool, 0, number) for number in range(2000)]
+    draws = Draws(task, pool, 0, 1)
+    episodes = [draws.episode(number) for number in range(2000)]
     targets = np.bincount([episode.target for episode in episodes], minlength=5) / len(episodes)
-    lasts = np.mean([episode.ranking_ways[0, -1] == episode.target for episode in episodes])
+    lasts = np.mean([episode.ranking[4].way == episode.target for episode in episodes])
     assert np.abs(targets - 0.2).max() < 0.04
     assert abs(lasts - 0.2) < 0.04
 
@@ -107,20 +140,18 @@ def test_pictures_are_none_that_training_saw(glyphs):
     from data_shards.glyphs.pictures import load_world
 
     test_classes = set(load_world().split("test"))
-    for item in pool.items:
-        _, kind, variant = item.id.split("/")
+    for example in pool.support:
+        _, kind, variant = example.id.split("/")
         assert int(variant) >= 10_000
         assert int(kind) in test_classes
     naming = load_pool(load_task("naming"))
-    assert all(int(item.id.split("/")[2]) >= 10_000 for item in naming.items)
+    assert all(int(example.id.split("/")[2]) >= 10_000 for example in naming.queries)
 
 
-def perfect(pool, prompt):
+def perfect(prompt):
     """The answer of a model without fault: the label seen most often beside pictures of the query's class."""
-    kinds = [pool.items[image].kind for image in prompt.images]
-    asked = pool.items[prompt.query].kind
     votes = [
-        sum(kind == asked and label == name for kind, label in zip(kinds, prompt.labels, strict=True))
+        sum(each.pictured.label == prompt.pictured.label and each.answer == name for each in prompt.shown)
         for name in prompt.candidates
     ]
     return int(np.argmax(votes))
@@ -132,10 +163,11 @@ def test_a_perfect_model_falls_to_chance_under_a_control(name, chance, control):
     """A control that leaves the answer in the prompt, or that excludes the identity and so falls below chance."""
     task = load_task(name)
     pool = load_pool(task)
-    episodes = [draw_episode(task, pool, 0, number) for number in range(3000)]
-    straight = [perfect(pool, plain(episode, CONTROL_SHOTS)) == episode.target for episode in episodes[:200]]
-    assert all(straight)
-    right = [perfect(pool, under_control(episode, CONTROL_SHOTS, control, 0)) == episode.target for episode in episodes]
+    draws = Draws(task, pool, 0, CONTROL_SHOTS + 1)
+    episodes = [draws.episode(number) for number in range(3000)]
+    assert all(perfect(plain(episode, CONTROL_SHOTS)) == episode.target for episode in episodes[:200])
+    controlled = (under_control(episode, CONTROL_SHOTS, control, 0, pool) for episode in episodes)
+    right = [perfect(prompt) == episode.target for prompt, episode in zip(controlled, episodes, strict=True)]
     assert np.mean(right) == pytest.approx(chance, abs=0.03)  # three standard errors
 
 

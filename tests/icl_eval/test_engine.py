@@ -9,7 +9,6 @@ import torch
 from flamingo import FlamingoError, FlamingoProcessor, Video
 from icl_eval import plain
 from icl_eval.engine import Chunk, Engine, Ladder, Query, answer_text
-from icl_eval.sources import Item, Pool
 from tests.icl_eval.conftest import lively_flamingo
 from tests.tiny import picture
 
@@ -17,11 +16,19 @@ NAMES = ("bado", "nili", "pu", "zozozo")  # of four, four, two and six tokens
 EQUAL = ("bado", "nili", "pupu", "zozo")
 
 
+class Noise:
+    """Twelve pictures of noise."""
+
+    def name(self, index):
+        return f"noise/{index}"
+
+    def media(self, indices):
+        return [picture(index) for index in indices]
+
+
 @pytest.fixture(scope="module")
 def pool():
-    """Twelve pictures of noise."""
-    items = tuple(Item(f"noise/{n}", str(n % 4)) for n in range(12))
-    return Pool(items, lambda indices: [picture(index) for index in indices])
+    return Noise()
 
 
 def ladders(prompt="", names=NAMES):

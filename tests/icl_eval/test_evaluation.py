@@ -16,9 +16,10 @@ import torch
 
 from flamingo import FlamingoError
 from icl_eval import evaluate, summary, write_report
-from icl_eval.demonstrations import draw_episode
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, plain
-from icl_eval.evaluation import TIE, _outcome
+from icl_eval.evaluation import TIE
+from icl_eval.outcomes import ranked
+from icl_eval.questions import Questions
 from icl_eval.run import main, parse_shots
 from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
@@ -46,7 +47,7 @@ def saved(pair, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(pair):
     torch.set_num_threads(1)
-    return evaluate(*pair, TASKS, shots=[0, 1, CONTROL_SHOTS], controls=CONTROLS, episodes=12)
+    return evaluate(*pair, TASKS, shots=[0, 1, CONTROL_SHOTS], controls=CONTROLS, queries=12)
 
 
 def predictions(folder):
@@ -69,7 +70,7 @@ def test_results_do_not_depend_on_the_batch_size(pair, results, tmp_path):
     """A query that is scored with its neighbour's pictures, or padding that reaches the scores."""
     results.save(tmp_path / "whole")
     for size in (1, 8):
-        part = evaluate(*pair, TASKS, shots=[0, 1, CONTROL_SHOTS], controls=CONTROLS, episodes=12, batch_size=size)
+        part = evaluate(*pair, TASKS, shots=[0, 1, CONTROL_SHOTS], controls=CONTROLS, queries=12, batch_size=size)
         part.save(tmp_path / str(size))
         assert_same(predictions(tmp_path / str(size)), predictions(tmp_path / "whole"))
 
@@ -77,7 +78,7 @@ def test_results_do_not_depend_on_the_batch_size(pair, results, tmp_path):
 def test_two_ranks_equal_one(saved, tmp_path):
     """Ranks that draw episodes of their own, or results gathered in another order than that of the queries."""
     arguments = ["--model", str(saved), "--task", "glyphs_5way", "--task", "naming", "--shots", "0,2"]
-    arguments += ["--episodes", "7", "--controls", "--out"]
+    arguments += ["--queries", "7", "--controls", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     alone = [sys.executable, "-m", "icl_eval", *arguments, str(tmp_path / "one")]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -95,7 +96,7 @@ def test_two_ranks_equal_one(saved, tmp_path):
         *(("glyphs_5way", CONTROL_SHOTS, control) for control in CONTROLS),
         ("naming", 0, None),
     }
-    assert all(cell["episodes"] == 7 for cell in cells.values())
+    assert all(cell["queries"] == 7 for cell in cells.values())
     assert written["facts"]["model"]["recipe"] == "steps: 20\n"
     assert len(written["facts"]["model"]["sha256"]["model.safetensors"]) == 64
     assert written["facts"]["versions"]["torch"] == torch.__version__
@@ -111,7 +112,7 @@ def test_summary_has_the_form_of_the_quickstart(results):
     assert set(parts["tasks"]["naming"]) == {"0"}
     assert set(parts["controls"]) == set(CONTROLS)
     assert set(parts["controls"]["random_query"]) == {"glyphs_5way", "digits_2way"}
-    assert parts["chance"] == {"glyphs_5way": 0.2, "digits_2way": 0.5, "naming": 0.0167}
+    assert parts["chance"] == {"glyphs_5way": 0.2, "digits_2way": 0.5, "naming": 1 / 60}
 
 
 def test_gates_at_zero_sees_no_picture_and_leaves_the_model_as_it_was(pair, results):
@@ -119,7 +120,7 @@ def test_gates_at_zero_sees_no_picture_and_leaves_the_model_as_it_was(pair, resu
     model, processor = pair
     gates = {name: float(value) for name, value in model.gates().items()}
     model.train()
-    again = evaluate(model, processor, ["digits_2way"], shots=[CONTROL_SHOTS], controls=CONTROLS, episodes=6)
+    again = evaluate(model, processor, ["digits_2way"], shots=[CONTROL_SHOTS], controls=CONTROLS, queries=6)
     assert model.training
     model.eval()
     assert {name: float(value) for name, value in model.gates().items()} == gates
@@ -136,19 +137,21 @@ def test_gates_at_zero_sees_no_picture_and_leaves_the_model_as_it_was(pair, resu
 def test_ties_go_to_the_first_label_and_are_counted():
     """A tie that numpy, a batch or a rank breaks in its own way."""
     task = load_task("glyphs_5way")
-    pool = load_pool(task)
-    episode = draw_episode(task, pool, 0, 0)
-    outcome = _outcome(task, pool, episode, plain(episode, 0), np.array([-5.0, -3.00009, -3.0, -9.0, -3.00005]))
-    assert (outcome.prediction, outcome.tied) == (1, True)
-    outcome = _outcome(task, pool, episode, plain(episode, 0), np.array([-5.0, -3.0002, -3.0, -9.0, -4.0]))
-    assert (outcome.prediction, outcome.tied) == (2, False)
+    questions = Questions(task, load_pool(task), [(0, None)])
+    episode = questions.draws.episode(0)
+    for scores, expected in (
+        ([-5.0, -3.00009, -3.0, -9.0, -3.00005], (1, True)),
+        ([-5.0, -3.0002, -3.0, -9.0, -4.0], (2, False)),
+    ):
+        outcome = ranked(questions, episode, plain(episode, 0), np.array(scores))
+        assert (outcome.prediction, outcome.tied) == expected
 
 
 def test_a_split_for_tuning_keeps_away_from_the_test_classes(pair):
     """Designs that are chosen on the classes they are later tested on."""
     from data_shards.glyphs.pictures import load_world
 
-    tuned = evaluate(*pair, ["glyphs_5way", "scripts_5way", "naming"], shots=[1], episodes=4, split="validation")
+    tuned = evaluate(*pair, ["glyphs_5way", "scripts_5way", "naming"], shots=[1], queries=4, split="validation")
     validation = {str(kind) for kind in load_world().split("validation")}
     for name in ("glyphs_5way", "scripts_5way"):
         for outcome in tuned.cell(name, 1).outcomes:
@@ -163,9 +166,9 @@ def test_a_split_for_tuning_keeps_away_from_the_test_classes(pair):
         ("--model {empty} --out {out}", "--model {empty}: no weights (model.safetensors) in this folder"),
         ("--model {saved}", "the following arguments are required: out"),
         ("--model {saved} --out {out} --shot 1", "unrecognized arguments: --shot"),
-        ("--model {saved} --out {out} --task glyph", "task 'glyph': expected the path of a .yaml file or one of"),
+        ("--model {saved} --out {out} --task glyph", "task 'glyph' (did you mean 'glyphs_5way'?): expected the path"),
         ("--model {saved} --out {out} --shots 1,x", "--shots 1,x: expected whole numbers from 0, such as 0,1,4"),
-        ("--model {saved} --out {out} --task naming --episodes 0", "episodes: 0, expected at least 1"),
+        ("--model {saved} --out {out} --task naming --queries 0", "queries: 0, expected at least 1"),
         ("--model {saved} --out {out} --task digits_2way --batch-size 0", "batch_size: 0, expected at least 1"),
         ("--model {saved} --out {out} --task {unlabelled}", "{unlabelled}: names: fixed, but"),
         ("--model {saved} --out {out} --task glyphs_2way --shots 99", "{glyphs}: shots: 99, expected 0 to 15"),
@@ -231,7 +234,7 @@ def test_report_is_self_contained_and_complete(report, results):
     assert "A small &lt;run&gt;" in page
     assert "&lt;b&gt;&amp; more&lt;/b&gt;" in page
     for cell in results.cells:
-        assert f"{cell.score:.3f}" in page
+        assert f"{cell.value:.3f}" in page
     for heading in ("Loss", "Gates", "Learning rate", "Controls", "no evidence of few-shot abilities that emerge"):
         assert heading in page
     assert "nan" not in re.sub('base64,[^"]*', "", page)

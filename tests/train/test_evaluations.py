@@ -18,15 +18,15 @@ from torch import nn
 
 from flamingo import FlamingoError
 from flamingo.document import Image
-from icl_eval.demonstrations import draw_episode
-from icl_eval.diagnostics import plain
 from icl_eval.evaluation import evaluate
+from icl_eval.prompts import prompt_document
+from icl_eval.questions import Questions
 from icl_eval.run import load
 from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
 from tests.tiny import picture, tiny_flamingo
 from tests.train.runs import forked, recipe_of
-from train.evaluations import Evaluations, generate, in_a_row, prompt_document, small, undisturbed
+from train.evaluations import Evaluations, generate, in_a_row, small, undisturbed
 from train.parallel import Processes
 from train.pretrain import pretrain
 from train.recipe import EvaluationRecipe, ParallelRecipe
@@ -69,12 +69,12 @@ def test_scores_are_those_of_the_evaluation(evaluated: Path) -> None:
     curves = read_curves(evaluated / METRICS_FILE)
     model, processor = load(str(evaluated / "model"), "cpu")
     expected = evaluate(
-        model, processor, ["digits_2way"], shots=[0, 2], episodes=7, batch_size=128, split="validation"
+        model, processor, ["digits_2way"], shots=[0, 2], queries=7, batch_size=128, split="validation"
     )  # fmt: skip
     for cell in expected.cells:
         steps, scores = zip(*curves[f"fewshot/digits_2way/{cell.shots}"], strict=True)
         assert steps == (3, 6)
-        assert scores[-1] == cell.score
+        assert scores[-1] == cell.value
     assert dict(curves["samples"])[6] == 6 * 8
 
 
@@ -85,10 +85,11 @@ def test_generations_are_written_with_their_pictures(evaluated: Path) -> None:
         (step, f"digits_2way/00000{number}") for step in (3, 6) for number in (0, 1)
     ]
     task = replace(load_task("digits_2way"), split="validation")
-    pool = load_pool(task)
+    questions = Questions(task, load_pool(task), [(2, None)])
     for number, row in enumerate(rows[:2]):
-        prompt = plain(draw_episode(task, pool, task.seed, number), 2)
-        (query,) = pool.images([prompt.query])
+        prompt = questions.draws.episode(number).prompt(2)
+        (query,) = questions.pool.media(questions.pool.indices(prompt.query))
+        assert isinstance(query, Image)
         assert PilImage.open(evaluated / row["picture"]).tobytes() == small(query).tobytes()
         assert row["prompt"].count("<image>") == 5 and row["prompt"].endswith("<image>")
         assert row["answer"] in prompt.candidates and row["right"] == (row["generated"] == row["answer"])
@@ -102,9 +103,9 @@ def test_answers_are_the_most_likely_text_up_to_its_end(tmp_path: Path) -> None:
     """Padding, the prompt or the mark of the end taken for a part of the answer; answers of a batch mixed up."""
     model, processor = tiny_flamingo(tmp_path)
     task = load_task("digits_2way")
-    pool = load_pool(task)
+    questions = Questions(task, load_pool(task), [(3, None)])
     documents = [
-        prompt_document(task, pool, plain(draw_episode(task, pool, 0, number), shots))
+        prompt_document(questions.pool, questions.chunks(questions.draws.episode(number).prompt(shots)))
         for number, shots in enumerate((0, 1, 3))
     ]
     together = generate(model, processor, documents, longest={"abcdef"})

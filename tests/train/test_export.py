@@ -97,7 +97,12 @@ def test_the_card_says_what_the_model_was_made_of(whole: Path, tmp_path: Path) -
         "facts": {"commit": "abc"},
         "tasks": {"digits": {"metric": "accuracy"}},
         "cells": [
-            {"task": "digits", "shots": shots, "control": control, "accuracy": score, "interval_95": [0.1, 0.9]}
+            {
+                "task": "digits",
+                "shots": shots,
+                "control": control,
+                "figures": {"accuracy": {"value": score, "interval": [0.1, 0.9]}},
+            }
             for shots, control, score in ((0, None, 0.25), (4, None, 0.75), (4, "gates_zero", 0.2))
         ],
     }
@@ -123,7 +128,9 @@ def results_of(model: Path, **facts: Any) -> dict[str, Any]:
     return {
         "facts": {"model": identity(str(model)), **facts},
         "tasks": {"t": {"metric": "accuracy"}},
-        "cells": [{"task": "t", "shots": 1, "control": None, "accuracy": 0.5, "interval_95": [0.4, 0.6]}],
+        "cells": [
+            {"task": "t", "shots": 1, "control": None, "figures": {"accuracy": {"value": 0.5, "interval": [0.4, 0.6]}}}
+        ],
     }
 
 

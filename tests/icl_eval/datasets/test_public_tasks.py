@@ -13,8 +13,8 @@ from icl_eval import tasks
 from icl_eval.datasets import DATASETS, load_dataset
 from icl_eval.metrics import METRICS
 
-FOLDER = Path(tasks.__file__).parent / "tasks" / "public"
-FILES = sorted(FOLDER.glob("*.yaml"))
+FOLDER = tasks.FOLDER
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in tasks.needing_no_files())
 TASKS = [path.stem for path in FILES if not path.stem.startswith("_")]
 KEYS = set(
     "name version dataset split support template separator mode shots demonstrations ensemble zero_shot normalise "

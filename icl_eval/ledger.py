@@ -1,0 +1,208 @@
+"""Answers as they come, kept so that a killed evaluation goes on where it stopped.
+
+In a folder, each rank appends the answers to a query, in all of its task's cells, to a file of its own:
+
+    unfinished/evaluation.json   what is evaluated: another evaluation does not go on from this one
+    unfinished/before.jsonl      whole lines of an earlier start
+    unfinished/rank-0.jsonl …    of this one
+
+Only where each line begins is held in memory. Without a folder the answers themselves are, and ranks exchange them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+from torch import distributed
+
+from flamingo.errors import FlamingoError
+from flamingo.files import whole, write_text
+from icl_eval.outcomes import Outcome
+from icl_eval.questions import CellKey
+
+UNFINISHED = "unfinished"
+Answers = Mapping[CellKey, Outcome]
+"""A query's outcome in each cell"""
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if is_distributed() else (0, 1)
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if is_distributed():
+        distributed.barrier()
+
+
+class Lines(Sequence[Outcome]):
+    """Outcomes in files, read when they are asked for.
+
+    Args:
+        places: (file, offset) of each line.
+        read: takes the outcome out of a line.
+    """
+
+    def __init__(self, files: Sequence[Path], places: np.ndarray, read: Callable[[dict[str, Any]], Outcome]):
+        self.files, self.places, self.read = files, places, read
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Outcome: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Outcome]: ...
+    def __getitem__(self, place: int | slice) -> Outcome | list[Outcome]:
+        found = list(self._outcomes(self.places[place] if isinstance(place, slice) else self.places[[place]]))
+        return found if isinstance(place, slice) else found[0]
+
+    def __iter__(self) -> Iterator[Outcome]:
+        return self._outcomes(self.places)
+
+    def _outcomes(self, places: np.ndarray) -> Iterator[Outcome]:
+        opened: dict[int, IO[bytes]] = {}
+        try:
+            for number, offset in places.tolist():
+                if number not in opened:
+                    opened[number] = self.files[number].open("rb")
+                opened[number].seek(offset)
+                yield self.read(json.loads(opened[number].readline()))
+        finally:
+            for file in opened.values():
+                file.close()
+
+
+class MemoryLedger:
+    """Answers in memory."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, dict[int, Answers]] = {}
+
+    def done(self, task: str, count: int) -> np.ndarray:
+        """(count,) bool: which of a task's queries were answered before."""
+        return np.zeros(count, dtype=bool)
+
+    def add(self, task: str, answers: Mapping[int, Answers]) -> None:
+        """Note down answers to some queries by their numbers."""
+        self.answers.setdefault(task, {}).update(answers)
+
+    def collect(self, task: str, keys: Sequence[CellKey]) -> dict[CellKey, Sequence[Outcome]]:
+        """All ranks' outcomes of each cell, in the order of queries; every rank calls this."""
+        own = self.answers.pop(task, {})
+        shares: list[dict[int, Answers]] = [own]
+        if is_distributed():
+            shares = [{} for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(shares, own)
+        found = {number: answers for share in shares for number, answers in share.items()}
+        return {key: tuple(found[number][key] for number in sorted(found)) for key in keys}
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+
+class FolderLedger:
+    """Answers in a folder that all ranks see.
+
+    Args:
+        folder: of the results.
+        identity: what is evaluated, as plain data: an unfinished evaluation is gone on with where it is the same.
+
+    Raises:
+        FlamingoError: the folder holds an unfinished evaluation of something else.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self.folder = folder / UNFINISHED
+        self._file: IO[str] | None = None
+        text = json.dumps(identity, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        about = self.folder / "evaluation.json"
+        if about.exists() and about.read_text(encoding="utf-8") != text:
+            raise FlamingoError(
+                f"{self.folder}: holds an unfinished evaluation of another model, other tasks or other options; "
+                "give another folder, or remove it"
+            )
+        wait()  # until all have seen it as it was
+        if rank_and_ranks()[0] == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(about, text)
+            self._join()
+        wait()
+
+    def _join(self) -> None:
+        """Whole lines of earlier starts into one file: a killed process leaves a part of one."""
+        parts = self._parts()
+        with whole(self.folder / "before.jsonl") as unfinished, unfinished.open("wb") as joined:
+            for part in parts:
+                with part.open("rb") as file:
+                    joined.writelines(line for line in file if line.endswith(b"\n"))
+        for part in parts:
+            if part.name != "before.jsonl":
+                part.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))
+
+    def _lines(self, task: str) -> tuple[list[Path], dict[int, tuple[int, int]]]:
+        """Files, and by number of a query where its line is."""
+        files, found = self._parts(), {}
+        start = f'{{"task":{json.dumps(task, ensure_ascii=False)},"number":'.encode()
+        for number, path in enumerate(files):
+            offset = 0
+            with path.open("rb") as file:
+                for line in file:
+                    if line.startswith(start):
+                        found[int(line[len(start) : line.index(b",", len(start))])] = (number, offset)
+                    offset += len(line)
+        return files, found
+
+    def done(self, task: str, count: int) -> np.ndarray:
+        """See `MemoryLedger`."""
+        answered = np.zeros(count, dtype=bool)
+        answered[list(self._lines(task)[1])] = True
+        wait()  # until all have read what was there
+        return answered
+
+    def add(self, task: str, answers: Mapping[int, Answers]) -> None:
+        """See `MemoryLedger`; they are on disk when it returns, as far as a killed process goes."""
+        if self._file is None:
+            self._file = (self.folder / f"rank-{rank_and_ranks()[0]}.jsonl").open("a", encoding="utf-8")
+        for number, found in answers.items():
+            cells = [[*key, vars(outcome)] for key, outcome in found.items()]
+            line = {"task": task, "number": number, "cells": cells}
+            self._file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def collect(self, task: str, keys: Sequence[CellKey]) -> dict[CellKey, Sequence[Outcome]]:
+        """See `MemoryLedger`."""
+        wait()
+        files, found = self._lines(task)
+        places = np.array([found[number] for number in sorted(found)], dtype=np.int64).reshape(-1, 2)
+        return {key: Lines(files, places, _reader(key)) for key in keys}
+
+    def close(self) -> None:
+        """Remove what is kept of an evaluation that is finished; every rank calls this."""
+        if self._file is not None:
+            self._file.close()
+        wait()
+        if rank_and_ranks()[0] == 0:
+            shutil.rmtree(self.folder)
+        wait()
+
+
+def _reader(key: CellKey) -> Callable[[dict[str, Any]], Outcome]:
+    def read(line: dict[str, Any]) -> Outcome:
+        return next(Outcome.of(outcome) for shots, control, outcome in line["cells"] if (shots, control) == key)
+
+    return read
