@@ -164,15 +164,17 @@ def test_every_held_out_query_has_examples_of_its_kind_with_pictures_of_their_ow
             assert all(turn.media for turn in turns)
 
 
-def test_pictures_in_the_file_are_those_of_their_ids(training):
-    """An id that stood for another picture would put pictures beside other answers without any fault to be seen."""
-    table = pq.read_table(training / "LA_STYLE_images.parquet")
+@pytest.mark.parametrize("kind", ["same", "sequence"])
+def test_pictures_in_the_file_are_those_of_their_ids(kind, tmp_path):
+    """An id that stood for two pictures would put one of them beside the answer of the other, unseen."""
+    write_training_instructions(tmp_path, {kind: 40}, seed=1)
+    table = pq.read_table(tmp_path / f"{DATASETS[kind].name}_images.parquet")
     assert json.loads(table.schema.metadata[b"pandas"])["index_columns"] == ["__index_level_0__"]
     assert table.column_names == ["base64", "__index_level_0__"]
-    _, documents = read(training, "style")
-    for number, document in enumerate(documents):
-        made = exchanges("style", number, seed=1)[-len(document.media) :]
-        assert [medium.data for medium in document.media] == load_world().pngs([turn.pictures[0] for turn in made])
+    reader, _ = read(tmp_path, kind)
+    for number, query in enumerate(json.loads((tmp_path / f"{DATASETS[kind].name}_train.json").read_text())):
+        shown = [frame.data for medium in reader.turn(query).media for frame in medium.frames]
+        assert shown == load_world().pngs(exchanges(kind, number, seed=1)[-1].pictures)
 
 
 def test_files_are_a_function_of_the_seed_alone(training, tmp_path):
