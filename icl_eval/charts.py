@@ -111,18 +111,41 @@ def line_chart(
 
 
 def interval_chart(
-    rows: Sequence[Interval], *, title: str, chance: float, margin: float, colour: int, size: tuple[int, int] = (420, 0)
+    rows: Sequence[Interval],
+    *,
+    title: str,
+    chance: float | None,
+    margin: float,
+    colour: int,
+    most: float | None = 1.0,
+    size: tuple[int, int] = (420, 0),
 ) -> str:
-    """Values with their intervals on one axis from 0 to 1, against chance and the margin around it."""
+    """Values with their intervals on one axis from 0.
+
+    Args:
+        rows: at least one.
+        title: read out by screen readers.
+        chance: a dashed line, if any; shaded: `margin` around it.
+        margin: see there.
+        colour: of the strong row.
+        most: end of the axis; None: the largest value.
+        size: width and height in SVG units; height 0: as many rows need.
+    """
     width, height = size[0], size[1] or TOP + BOTTOM + 24 * len(rows)
     left, bottom = 130, height - BOTTOM
-    x = _scale(0, 1, left, width - RIGHT)
-    near, far = x(max(0, chance - margin)), x(chance + margin)
-    parts = [f'<rect class="margin" x="{near:.1f}" width="{far - near:.1f}" y="{TOP}" height="{bottom - TOP}"/>']
-    for at in (0, 0.25, 0.5, 0.75, 1):
+    end = most or max(*(row.high for row in rows), chance or 0.0) or 1.0
+    x = _scale(0, end, left, width - RIGHT)
+    parts = []
+    if chance is not None and margin:
+        near, far = x(max(0, chance - margin)), x(chance + margin)
+        parts.append(
+            f'<rect class="margin" x="{near:.1f}" width="{far - near:.1f}" y="{TOP}" height="{bottom - TOP}"/>'
+        )
+    for at in (0, 0.25, 0.5, 0.75, 1) if most == 1 else ticks(0, end):
         parts.append(_line("grid", x(at), TOP, x(at), bottom))
         parts.append(_text("tick", x(at), bottom + 16, number(at), "middle"))
-    parts.append(_line("reference", x(chance), TOP, x(chance), bottom))
+    if chance is not None:
+        parts.append(_line("reference", x(chance), TOP, x(chance), bottom))
     for place, row in enumerate(rows):
         y, paint = TOP + 24 * place + 12, colour if row.strong else "n"
         parts.append(_text("strong" if row.strong else "tick", left - 10, y + 4, row.name, "end"))

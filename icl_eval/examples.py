@@ -146,15 +146,9 @@ def readable_cell(results: Results, task: str) -> Cell:
     return [cell for cell in cells if cell is cells[0] or cell.shots * each <= MOST_PICTURES][-1]
 
 
-def examples(results: Results, count: int, data: str | Path | None = None) -> list[Answered]:
-    """Answers to look at: half of them wrong where there are as many, taken from all tasks in turn.
-
-    Args:
-        results: of `evaluate`.
-        count: how many.
-        data: see `Reader`.
-    """
-    readers = {name: Reader(task, data) for name, task in results.tasks.items()}
+def examples(results: Results, count: int) -> list[Answered]:
+    """`count` answers to look at: half of them wrong where there are as many, taken from all tasks in turn."""
+    readers = {name: Reader(task, results.data) for name, task in results.tasks.items()}
     cells = {name: readable_cell(results, name) for name in results.tasks}
     found = {name: _first_of_each(cell, count) for name, cell in cells.items()}
     wrong, right = (list(_in_turn({name: each[good] for name, each in found.items()})) for good in (False, True))

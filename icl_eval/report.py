@@ -7,47 +7,40 @@ from __future__ import annotations
 
 import base64
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from data_shards.page import template
 from flamingo.files import write_text
 from icl_eval import comparison
 from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
-from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
-from icl_eval.evaluation import Cell, Outcome, Results
+from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
+from icl_eval.evaluation import Cell, Results
+from icl_eval.examples import examples, thumbnail
 from icl_eval.instructions import InstructionResults, Item
-from icl_eval.sources import load_pool
+from icl_eval.metrics import Figure
+from icl_eval.tasks import Task
 
 MARGIN = 0.05  # how far from chance a control may fall
 EXAMPLES = 12
-MOST_PICTURES = 6  # demonstrations of an example prompt
+SHORT = 24  # letters of a text that stands under its picture, rather than beside it
+EMBEDDED = ("glyphs", "digits")  # data sets whose episodes have the form of those that the embedded world trains on
+NO_SHARES = ("cider", "captions", "mme")  # metrics whose headline is no share of the queries
 SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
+OTHER_ORDERS = "the demonstrations in other orders"
 CONTROL_NAMES = {
     "gates_at_zero": ("gates at zero", "no picture reaches the language model"),
-    "labels_permuted": ("labels permuted", "one random permutation of the names, identity included"),
+    "labels_permuted": ("labels permuted", "one random permutation of the names or answers, identity included"),
     "images_swapped": ("pictures swapped", "the demonstrations' pictures are permuted over their places"),
-    "random_query": ("random query", "the query's picture is one of a random way"),
+    "random_query": ("random query", "the query's picture is one drawn at random"),
+    "text_only": ("text only", "the demonstrations without their pictures"),
+    "order_1": ("order 1", OTHER_ORDERS),
+    "order_2": ("order 2", OTHER_ORDERS),
+    "order_3": ("order 3", OTHER_ORDERS),
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt as it is shown: demonstrations as (picture, label), the query, and the candidates with their shares."""
-
-    about: str
-    right: bool
-    demonstrations: tuple[tuple[str, str], ...]
-    query: str
-    answer: str
-    prediction: str
-    candidates: tuple[tuple[str, float], ...]
 
 
 def write_report(
@@ -79,7 +72,7 @@ def write_report(
         items: that they were asked.
 
     Raises:
-        FlamingoError: where `instructions` are not of the same items.
+        FlamingoError: where `instructions` are not of the same items, or a data set is no longer there.
     """
     shots = sorted({cell.shots for cell in results.cells if cell.control is None})
     rows = [row for row in training_log if row.get("step") is not None]
@@ -88,24 +81,31 @@ def write_report(
         title=title,
         headline=_headline(results),
         tiles=_tiles(results),
+        embedded=any(task.dataset in EMBEDDED for task in results.tasks.values()),
         shots=shots,
         table=[_table_row(results, name, shots) for name in results.tasks],
+        text_only=[cell.task for cell in results.cells if cell.zero_shot == "text_only"],
         ties=sum(cell.ties for cell in results.cells),
-        accuracy=_accuracy_chart(results),
-        legend=[(name, place % COLOURS) for place, name in enumerate(_ladders(results))],
+        score_charts=_score_charts(results),
+        figures=_further_figures(results, shots),
+        details=_details(results),
+        verdicts=[(name, each["verdict"]) for name, each in results.diagnostics.items()],
         controls=_control_charts(results),
-        control_names=[CONTROL_NAMES[control] for control in _controls(results)],
+        control_names=_control_names(results),
         control_shots=CONTROL_SHOTS,
         worst_control=_worst_control(results),
         margin=MARGIN,
         curves=_curves(rows),
-        examples=examples(results),
+        examples=examples(results, EXAMPLES),
+        graded=[name for name, task in results.tasks.items() if not _is_share(task)],
         instructions=_instructions(instructions, items) if instructions else None,
         account=_flat(account or {}),
         timings=[(stage, _duration(seconds)) for stage, seconds in (timings or {}).items()],
         total=_duration(sum((timings or results.seconds).values())),
         facts=rows_of_facts,
         folded=folded,
+        short=SHORT,
+        uri=lambda data: _data_uri(thumbnail(data)),
     )
     path = Path(path)
     write_text(path, page)
@@ -125,21 +125,31 @@ def _plain(results: Results, task: str) -> list[Cell]:
 
 
 def _controls(results: Results) -> list[str]:
-    return [name for name in CONTROLS if any(cell.control == name for cell in results.cells)]
+    return [name for name in DIAGNOSTICS if any(cell.control == name for cell in results.cells)]
+
+
+def _is_share(task: Task) -> bool:
+    return task.metric not in NO_SHARES
+
+
+def _falls_to_chance(task: Task) -> bool:
+    """Whether a perfect model must be at chance under `CONTROLS`: in fast binding, where labels are independent."""
+    return task.ways > 0 and task.chance is not None
 
 
 def _headline(results: Results) -> str:
-    ladders = _ladders(results)
+    ladders = [name for name in _ladders(results) if results.tasks[name].names == "fresh"]
     if not ladders:
         return ""
     name = "glyphs_5way" if "glyphs_5way" in ladders else ladders[0]
-    cells, ways = _plain(results, name), results.tasks[name].ways
+    cells, task = _plain(results, name), results.tasks[name]
     once, most = next((cell for cell in cells if cell.shots), cells[-1]), cells[-1]
     seen = "once" if once.shots == 1 else f"{once.shots} times"
+    never = "it had never seen " if task.dataset in EMBEDDED else ""
     return (
-        f"Shown each of {ways} classes it had never seen {seen}, under invented names, the model named a new picture "
-        f"right in {once.score:.1%} of {len(once.outcomes):,} episodes; after {most.shots} pictures of each, in "
-        f"{most.score:.1%}. Guessing gives {results.tasks[name].chance:.0%}."
+        f"Shown each of {task.ways} classes {never}{seen}, under invented names, the model named a new picture "
+        f"right in {once.value:.1%} of {len(once.outcomes):,} episodes; after {most.shots} pictures of each, in "
+        f"{most.value:.1%}. Guessing gives {task.chance:.0%}."
     )
 
 
@@ -148,80 +158,163 @@ def _tiles(results: Results) -> list[dict[str, str]]:
     for name, task in results.tasks.items():
         cells = _plain(results, name)
         cell = next((cell for cell in cells if cell.shots == CONTROL_SHOTS), cells[-1])
-        low, high = cell.interval
-        shots = "no demonstrations" if cell.shots == 0 else f"{cell.shots} per class"
+        factor, unit = (100, "%") if _is_share(task) else (1, "")
+        form = f"{{:.{1 if unit else 3}f}}"
+        interval = cell.score.interval
+        ends = "" if interval is None else " – ".join(form.format(factor * end) for end in interval)
+        chance = "" if task.chance is None else f"chance {factor * task.chance:.3g}"
+        shots = "no demonstrations" if cell.shots == 0 else f"{cell.shots} {'per class' if task.ways else 'shots'}"
         tiles.append(
             {
                 "task": name,
-                "score": f"{100 * cell.score:.1f}",
-                "about": f"{task.ways} ways, {shots}",
-                "interval": f"{100 * low:.1f} – {100 * high:.1f}, chance {100 * task.chance:.3g}",
+                "score": form.format(factor * cell.value),
+                "unit": unit,
+                "about": f"{task.ways} ways, {shots}" if task.ways else f"{next(iter(cell.score.figures))}, {shots}",
+                "interval": ", ".join(filter(None, (ends, chance))),
             }
         )
     return tiles
 
 
+def _shown(figure: Figure | None) -> tuple[str, str] | None:
+    """A figure and its interval as a table has them."""
+    if figure is None:
+        return None
+    return f"{figure.value:.3f}", "" if figure.interval is None else "{:.3f} – {:.3f}".format(*figure.interval)
+
+
 def _table_row(results: Results, name: str, shots: Sequence[int]) -> dict[str, Any]:
-    cells = {cell.shots: cell for cell in _plain(results, name)}
-    shown = [
-        None if n not in cells else (f"{cells[n].score:.3f}", "{:.3f} – {:.3f}".format(*cells[n].interval))
-        for n in shots
-    ]
+    """The headline of a task by shots."""
+    cells = {cell.shots: Figure(cell.value, cell.score.interval) for cell in _plain(results, name)}
     task = results.tasks[name]
-    return {"task": name, "source": f"{task.source}, {task.split}", "cells": shown, "chance": f"{task.chance:.3f}"}
+    return {
+        "task": name,
+        "source": ", ".join(filter(None, (task.dataset, task.split, task.metric))),
+        "cells": [_shown(cells.get(count)) for count in shots],
+        "chance": "–" if task.chance is None else f"{task.chance:.3f}",
+    }
 
 
-def _accuracy_chart(results: Results) -> Markup:
+def _further_figures(results: Results, shots: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of all figures of the metrics that have several: task and figure by shots."""
+    rows = []
+    for name in results.tasks:
+        cells = {cell.shots: cell.score.figures for cell in _plain(results, name)}
+        figures = list(dict.fromkeys(figure for each in cells.values() for figure in each))
+        if len(figures) > 1:
+            rows += [
+                {
+                    "task": name,
+                    "figure": figure,
+                    "cells": [_shown(cells.get(count, {}).get(figure)) for count in shots],
+                }
+                for figure in figures
+            ]
+    return rows
+
+
+def _details(results: Results) -> list[tuple[str, str]]:
+    """How the figures of each task came about, as its first cell has it."""
+    first = {name: _plain(results, name)[0].score for name in results.tasks}
+    told = {name: "; ".join(f"{what}: {how}" for what, how in score.details.items()) for name, score in first.items()}
+    return [(name, each) for name, each in told.items() if each]
+
+
+def _score_charts(results: Results) -> list[dict[str, Any]]:
+    """Scores against shots: all shares of queries in one chart, each other metric in one of its own."""
     ladders = _ladders(results)
-    if not ladders:
-        return Markup()
-    shots = sorted({cell.shots for name in ladders for cell in _plain(results, name)})
-    lines = []
-    for place, name in enumerate(ladders):
+    by_metric: dict[str, list[str]] = {}
+    for name in ladders:
+        task = results.tasks[name]
+        by_metric.setdefault("" if _is_share(task) else task.metric, []).append(name)
+    return [_score_chart(results, metric, names, ladders) for metric, names in by_metric.items()]
+
+
+def _score_chart(results: Results, metric: str, names: Sequence[str], ladders: Sequence[str]) -> dict[str, Any]:
+    """A chart of some tasks, with its legend; `metric`: on its own scale, "": shares."""
+    shots = sorted({cell.shots for name in names for cell in _plain(results, name)})
+    lines, tasks = [], [results.tasks[name] for name in names]
+    colours = {name: ladders.index(name) % COLOURS for name in names}
+    for name in names:
         cells = _plain(results, name)
         x = [float(shots.index(cell.shots)) for cell in cells]
-        lows, highs = zip(*(cell.interval for cell in cells), strict=True)
-        lines.append(Series(name, x, [cell.score for cell in cells], place % COLOURS, lows, highs, dots=True))
-    ways = {results.tasks[name].ways: results.tasks[name].chance for name in ladders}
-    return Markup(
-        line_chart(
-            lines,
-            title="accuracy against shots per way",
-            x_label="demonstrations per class",
-            y_range=(0.0, 1.0),
-            x_names=[str(count) for count in shots],
-            references=[(f"chance, {count} ways", chance) for count, chance in sorted(ways.items())],
-            size=(760, 380),
-        )
+        ends = [cell.score.interval or (cell.value, cell.value) for cell in cells]
+        lows, highs = zip(*ends, strict=True)
+        lines.append(Series(name, x, [cell.value for cell in cells], colours[name], lows, highs, dots=True))
+    about = metric or ("accuracy" if all(task.metric == "accuracy" for task in tasks) else "score")
+    unit = "demonstrations per class" if all(task.ways for task in tasks) else "shots"
+    chart = line_chart(
+        lines,
+        title=f"{about} against shots",
+        x_label=unit,
+        y_range=None if metric else (0.0, 1.0),
+        x_names=[str(count) for count in shots],
+        references=_chances(tasks),
+        size=(760, 380),
     )
+    return {"heading": about, "chart": Markup(chart), "legend": list(colours.items())}
+
+
+def _chances(tasks: Sequence[Task]) -> list[tuple[str, float]]:
+    """Lines at what guessing gives, each value once."""
+    names: dict[float, str] = {}
+    for task in tasks:
+        if task.chance is not None:
+            names.setdefault(round(task.chance, 4), f"chance, {task.ways} ways" if task.ways else "chance")
+    return sorted(((name, chance) for chance, name in names.items()), key=lambda each: each[1])
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+def _control_names(results: Results) -> list[tuple[str, str]]:
+    """The controls that were run, those of one kind together, each with what it changes."""
+    names: dict[str, list[str]] = {}
+    for name, about in (CONTROL_NAMES[control] for control in _controls(results)):
+        names.setdefault(about, []).append(name)
+    return [(", ".join(each), about) for about, each in names.items()]
 
 
 def _control_charts(results: Results) -> list[tuple[str, Markup]]:
     charts = []
-    for place, name in enumerate(_ladders(results)):
+    for place, (name, task) in enumerate(results.tasks.items()):
         found = {cell.control: cell for cell in results.cells if cell.task == name and cell.control}
         if not found:
             continue
         plain = next((cell for cell in _plain(results, name) if cell.shots == CONTROL_SHOTS), None)
-        rows = [] if plain is None else [Interval("as it is", plain.score, *plain.interval, strong=True)]
-        rows += [Interval(CONTROL_NAMES[c][0], found[c].score, *found[c].interval) for c in CONTROLS if c in found]
+        rows = [] if plain is None else [_interval("as it is", plain, strong=True)]
+        rows += [_interval(CONTROL_NAMES[each][0], found[each]) for each in DIAGNOSTICS if each in found]
         chart = interval_chart(
-            rows, title=f"controls of {name}", chance=results.tasks[name].chance, margin=MARGIN, colour=place % COLOURS
+            rows,
+            title=f"controls of {name}",
+            chance=task.chance,
+            margin=MARGIN if _falls_to_chance(task) else 0.0,
+            colour=place % COLOURS,
+            most=1.0 if _is_share(task) else None,
         )
         charts.append((name, Markup(chart)))
     return charts
 
 
+def _interval(name: str, cell: Cell, *, strong: bool = False) -> Interval:
+    return Interval(name, cell.value, *(cell.score.interval or (cell.value, cell.value)), strong=strong)
+
+
 def _worst_control(results: Results) -> str:
+    """How far from chance the farthest control is, of those that must be at chance."""
     away = [
-        (abs(cell.score - results.tasks[cell.task].chance), cell) for cell in results.cells if cell.control is not None
+        (abs(cell.value - chance), cell)
+        for cell in results.cells
+        if cell.control in CONTROLS
+        and _falls_to_chance(results.tasks[cell.task])
+        and (chance := results.tasks[cell.task].chance) is not None
     ]
     if not away:
         return ""
     distance, cell = max(away, key=lambda each: each[0])
     verdict = "within" if distance <= MARGIN else "NOT within"
     return (
-        f"The farthest from chance is {CONTROL_NAMES[cell.control or ''][0]} on {cell.task}: {cell.score:.3f}, "
+        f"The farthest from chance is {CONTROL_NAMES[cell.control or ''][0]} on {cell.task}: {cell.value:.3f}, "
         f"{distance:.3f} away, {verdict} the margin of {MARGIN}."
     )
 
@@ -258,56 +351,6 @@ def _thinned(points: list[tuple[float, float]], most: int = 600) -> list[tuple[f
     run = math.ceil(len(points) / most)
     parts = (points[start : start + run] for start in range(0, len(points), run))
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-
-
-# -- examples ----------------------------------------------------------------------------------------------------------
-
-
-def examples(results: Results, count: int = EXAMPLES) -> list[Example]:
-    """Prompts to look at: half of them wrong where there are as many, taken from all tasks in turn."""
-    wrong: dict[str, list[Outcome]] = defaultdict(list)
-    right: dict[str, list[Outcome]] = defaultdict(list)
-    for name in results.tasks:
-        for outcome in _example_cell(results, name).outcomes:
-            (right if outcome.prediction == outcome.target else wrong)[name].append(outcome)
-    chosen = list(_in_turn(wrong))[: count // 2]
-    chosen += list(_in_turn(right))[: count - len(chosen)]
-    pools = {name: load_pool(results.tasks[name]) for name in {name for name, _ in chosen}}
-    places = {name: {item.id: index for index, item in enumerate(pool.items)} for name, pool in pools.items()}
-
-    def pictures(name: str, ids: Sequence[str]) -> list[str]:
-        return [_data_uri(image.data) for image in pools[name].images([places[name][each] for each in ids])]
-
-    return [_example(results, name, o, pictures(name, [*o.demonstrations, o.query])) for name, o in chosen]
-
-
-def _example_cell(results: Results, task: str) -> Cell:
-    ways = results.tasks[task].ways
-    short = [cell for cell in _plain(results, task) if cell.shots * ways <= MOST_PICTURES]
-    return max(short or _plain(results, task)[:1], key=lambda cell: cell.shots)
-
-
-def _in_turn(by_task: Mapping[str, list[Outcome]]) -> Iterator[tuple[str, Outcome]]:
-    for place in range(max((len(each) for each in by_task.values()), default=0)):
-        yield from ((name, each[place]) for name, each in by_task.items() if place < len(each))
-
-
-def _example(results: Results, task: str, outcome: Outcome, pictures: list[str]) -> Example:
-    shots = len(outcome.demonstrations) // results.tasks[task].ways
-    scores = np.array(outcome.scores)
-    shares = np.exp(scores - scores.max())
-    shares /= shares.sum()
-    best = sorted(range(len(shares)), key=lambda place: -shares[place])
-    order = sorted({*best[:5], outcome.target}, key=best.index)
-    return Example(
-        about=f"{outcome.query_id}, {f'{shots} per class' if shots else 'no demonstrations'}",
-        right=outcome.prediction == outcome.target,
-        demonstrations=tuple(zip(pictures[:-1], outcome.labels, strict=True)),
-        query=pictures[-1],
-        answer=outcome.candidates[outcome.target],
-        prediction=outcome.candidates[outcome.prediction],
-        candidates=tuple((outcome.candidates[place], float(shares[place])) for place in order),
-    )
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ def record(
     name: str | None = None,
     mode: Mode = "auto",
     answers: int = ANSWERS,
-    data: str | Path | None = None,
 ) -> str | None:
     """Keep an evaluation as a W&B run.
 
@@ -55,18 +54,17 @@ def record(
         name: of the run; None: W&B invents one.
         mode: see `resolved`.
         answers: queries of each task in the table.
-        data: the folder in which the folders of data sets are, for the pictures; see `load_pool`.
 
     Returns:
         W&B's id of the run; None where there is none.
 
     Raises:
-        FlamingoError: a data set is not there.
+        FlamingoError: a data set is no longer there.
     """
     chosen = resolved(mode)
     if chosen == "disabled":
         return None
-    rows = answered(results, answers, data)
+    rows = answered(results, answers)
     try:
         run = _start(Path(folder), chosen, project=project, name=name, config=_config(results))
         with staged_in(Path(folder) / "wandb"):
@@ -78,11 +76,11 @@ def record(
     return str(run.id)
 
 
-def answered(results: Results, count: int, data: str | Path | None = None) -> list[Answered]:
+def answered(results: Results, count: int) -> list[Answered]:
     """The first `count` answers of each task, after as many shots as can be looked at."""
     found = []
     for name, task in results.tasks.items():
-        cell, reader = readable_cell(results, name), Reader(task, data)
+        cell, reader = readable_cell(results, name), Reader(task, results.data)
         found += [reader.answered(cell, place) for place in range(min(count, len(cell.outcomes)))]
     return found
 

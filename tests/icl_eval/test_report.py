@@ -1,0 +1,263 @@
+"""The report and the W&B table of any task: figures, answers with their pictures, verdicts."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from icl_eval import write_report
+from icl_eval.evaluation import Cell, Results
+from icl_eval.examples import LARGE, SIDE, Reader, examples, in_a_row, readable_cell, thumbnail
+from icl_eval.metrics import METRICS
+from icl_eval.outcomes import Outcome
+from icl_eval.tasks import Generation, Task
+from icl_eval.weights_and_biases import SCORES, TABLE, answer_row, answered, has_key, record, resolved, score_rows
+
+COLOURS = ["red", "green", "blue", "yellow", "cyan", "magenta", "white", "black"]
+CAPTIONS = Task(
+    name="colours",
+    version=1,
+    dataset="paints",
+    split="test",
+    support="train",
+    template="<image>Output:{answer}",
+    separator="\n",
+    mode="generate",
+    generate=Generation(10),
+    zero_shot="text_only",
+    metric="cider",
+    shots=(0, 2),
+    file="colours.yaml",
+)
+CHOICES = replace(
+    CAPTIONS,
+    name="which",
+    template="<image>Which colour is {shade} of this? Say it:{label}",
+    mode="rank",
+    generate=None,
+    zero_shot="honest",
+    metric="accuracy",
+    chance=0.125,
+)
+
+
+def picture(colour, side=16):
+    made = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(made, "PNG")
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of one's own: plain colours, by their names."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "paints").mkdir()
+    for split in ("train", "test"):
+        lines = []
+        for number, colour in enumerate(COLOURS):
+            name = f"{split}-{colour}.png"
+            (root / "paints" / name).write_bytes(picture(colour, 16 if split == "train" else 17))
+            lines.append(
+                {
+                    "id": f"{split}/{number}",
+                    "image": name,
+                    "answers": [f"a {colour} <b>square</b>", f"something {colour} here"],
+                    "label": colour,
+                    "candidates": COLOURS,
+                    "shade": "the shade",
+                }
+            )
+        (root / "paints" / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def outcome(task, number, shots, said):
+    """The answer to a query: of captions a text, of choices a colour."""
+    colour = COLOURS[number]
+    before = [(number + 1 + each) % len(COLOURS) for each in range(shots or 2 * (task.zero_shot == "text_only"))]
+    about = {
+        "query_id": f"test/{number}",
+        "query": f"test/{number}",
+        "demonstrations": tuple(f"train/{each}" for each in before),
+        "prompt": f"{number:016x}",
+        "answer": said,
+    }
+    if task.mode == "generate":
+        references = [f"a {colour} <b>square</b>", f"something {colour} here"]
+        labels = tuple(f"a {COLOURS[each]} <b>square</b>" for each in before)
+        return Outcome(**about, labels=labels, prediction=said, target=references, right=references[0])
+    chosen, labels = COLOURS.index(said), tuple(COLOURS[each] for each in before)
+    scores = tuple(0.0 if each == chosen else -2.0 for each in range(len(COLOURS)))
+    candidates = tuple(COLOURS)
+    return Outcome(
+        **about, labels=labels, prediction=chosen, target=number, right=colour, candidates=candidates, scores=scores
+    )
+
+
+def cell(task, shots, says, control=None):
+    outcomes = tuple(outcome(task, number, shots, says(number)) for number in range(len(COLOURS)))
+    score = METRICS[task.metric].score([each.prediction for each in outcomes], [each.target for each in outcomes])
+    zero_shot = task.zero_shot if shots == 0 else None
+    return Cell(task.name, shots, control, score, 0, outcomes, zero_shot)
+
+
+@pytest.fixture(scope="module")
+def results(data):
+    cells = [
+        cell(CAPTIONS, 0, lambda number: "a thing"),
+        cell(CAPTIONS, 2, lambda number: f"a {COLOURS[number - number % 2]} square"),
+        cell(CHOICES, 0, lambda number: "red"),
+        cell(CHOICES, 2, lambda number: COLOURS[number - number % 2]),
+        cell(CHOICES, 4, lambda number: "red", control="gates_at_zero"),
+        cell(CHOICES, 4, lambda number: "blue", control="order_1"),
+        cell(CHOICES, 4, lambda number: "blue", control="order_2"),
+    ]
+    facts = {"versions": {"python": "3"}, "commit": None}
+    made = Results({"colours": CAPTIONS, "which": CHOICES}, cells, {"colours": 0, "which": 0}, {"colours": 1.0}, facts)
+    made.data = data
+    made.diagnostics = {"which": {"verdict": "The demonstrations <i>help</i>."}}
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(results, tmp_path_factory):
+    path = write_report(tmp_path_factory.mktemp("report") / "report.html", results=results)
+    return re.sub('base64,[^"]*', "", path.read_text())
+
+
+def test_prompts_are_shown_as_they_were_read(results, data):
+    """Pictures beside another's text, those of the wrong split, or demonstrations of text with pictures."""
+    reader = Reader(CAPTIONS, data)
+    shown = reader.answered(results.cell("colours", 2), 3)
+    assert shown.demonstrations == tuple(
+        (picture(colour), f"Output:a {colour} <b>square</b>") for colour in ("cyan", "magenta")
+    )
+    assert shown.query == (picture("yellow", 17), "Output:")
+    assert (shown.answer, shown.right) == ("a blue square", "a yellow <b>square</b>")
+    assert shown.references == ("a yellow <b>square</b>", "something yellow here")
+    without = reader.answered(results.cell("colours", 0), 3)
+    assert without.demonstrations == (("Output:a cyan <b>square</b>",), ("Output:a magenta <b>square</b>",))
+    assert without.query == shown.query
+    chosen = Reader(CHOICES, data).answered(results.cell("which", 2), 1)
+    assert chosen.query[1] == "Which colour is the shade of this? Say it:"
+    assert dict(chosen.candidates)["red"] == pytest.approx(1 / (1 + 7 * np.exp(-2)))
+    assert [name for name, _ in chosen.candidates] == ["red", "green", "blue", "yellow", "cyan"], "best first"
+    last = Reader(CHOICES, data).answered(results.cell("which", 2), 7)
+    assert [name for name, _ in last.candidates][-1] == "black", "the right one, though not of the best"
+
+
+def test_examples_are_half_wrong_and_of_all_tasks(results):
+    """Right answers only; examples of one task only; or captions, of which none is ever whole, all called wrong."""
+    found = examples(results, 8)
+    assert [each.task for each in found] == ["colours", "which"] * 4
+    assert [each.is_right for each in found if each.task == "which"] == [False, False, True, True]
+    values = [each.value for each in found if each.task == "colours"]
+    assert max(values[:2]) < min(values[2:])
+    few = examples(results, 2)
+    assert [(each.task, each.query_id) for each in few] == [("colours", "test/1"), ("colours", "test/0")]
+
+
+def test_the_prompts_of_examples_can_be_looked_at(results):
+    """A page of prompts of a hundred pictures, or of no demonstrations where a few would do."""
+    long = cell(CHOICES, 32, lambda number: "red")
+    more = replace(results, cells=[*results.cells, long])
+    assert readable_cell(more, "which").shots == 2
+    only = replace(results, cells=[long])
+    assert readable_cell(only, "which").shots == 32
+
+
+def test_report_of_any_task(page, results):
+    """Figures, verdicts, references or answers that the page lacks, or into which data can write markup."""
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", page)
+    for cell in results.cells:
+        for figure in cell.score.figures.values() if cell.control is None else ():
+            assert f"{figure.value:.3f}" in page
+            assert "{:.3f} – {:.3f}".format(*figure.interval) in page
+    for text in ("bleu_4", "rouge_l", "cider against shots", "accuracy against shots", "tokenizer"):
+        assert text in page, text
+    assert "The demonstrations &lt;i&gt;help&lt;/i&gt;." in page
+    assert "<b>square" not in page and "a red &lt;b&gt;square&lt;/b&gt; · something red here" in page
+    assert "At 0 shots colours has two demonstrations without their" in page
+    assert page.count('class="card example"') == 12
+    assert "nan" not in page
+
+
+def test_report_claims_only_what_holds_for_the_task(page):
+    """The embedded world's caveat, or the promise that controls fall to chance, over tasks of which neither is true."""
+    assert "emerge from web-scale data" not in page
+    assert "must\nfall to chance" not in page and "NOT within" not in page
+    assert "<b>order 1, order 2</b>, the demonstrations in other orders" in page
+    assert "Shown each of" not in page
+
+
+def test_captions_are_marked_by_their_value(page):
+    """A caption of CIDEr 0 or 1 among others, called wrong or right."""
+    cards = page.split('class="card example"')[1:]
+    marks = [re.search(r'class="mark[^>]*>([^<]*)<', card)[1] for card in cards if "colours at 2 shots" in card]
+    assert marks and all(re.fullmatch(r"\d+\.\d\d", mark) for mark in marks)
+
+
+def test_large_pictures_are_made_small():
+    """A page of 100 MB because of photographs, or drawings blurred that were small anyway."""
+    noise = np.random.default_rng(0).integers(256, size=(400, 300, 3), dtype=np.uint8)
+    made = io.BytesIO()
+    Image.fromarray(noise).save(made, "PNG")
+    found = thumbnail(made.getvalue())
+    assert len(found) <= LARGE and max(Image.open(io.BytesIO(found)).size) == SIDE
+    assert thumbnail(picture("red")) == picture("red")
+
+
+def test_rows_of_the_table(results):
+    """Columns that are shifted against their names, or pictures of the demonstrations in the query's place."""
+    rows = [dict(zip(TABLE, answer_row(each), strict=True)) for each in answered(results, 3)]
+    assert [(row["task"], row["query"]) for row in rows] == [
+        (task, f"test/{number}") for task in ("colours", "which") for number in range(3)
+    ]
+    row = rows[1]
+    assert row["demonstrations"].size == (34, 16) and row["pictures"].size == (17, 17)
+    assert row["pictures"].getpixel((0, 0)) == (0, 128, 0)
+    assert row["prompt"].splitlines()[-1] == "<image>Output:" and row["prompt"].count("<image>") == 3
+    assert (row["right"], row["answer"]) == ("a green <b>square</b> · something green here", "a red square")
+    assert rows[4]["is right"] is False and rows[3]["is right"] is True
+    assert in_a_row([]) is None
+    scores = [dict(zip(SCORES, row, strict=True)) for row in score_rows(results)]
+    assert len(scores) == sum(len(cell.score.figures) for cell in results.cells)
+    last = scores[-1]
+    assert (last["task"], last["control"], last["figure"], last["queries"]) == ("which", "order_2", "accuracy", 8)
+    assert last["low"] <= last["value"] <= last["high"]
+
+
+def test_without_a_key_nothing_is_sent(monkeypatch, tmp_path):
+    """A run that asks for a password, or goes online, on a machine without credentials."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_key() and resolved("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert has_key() and resolved("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolved("auto") == "disabled" and resolved("online") == "online"
+
+
+def test_an_evaluation_is_kept_offline(results, tmp_path, monkeypatch):
+    """A W&B run without the tables, or one that ends an evaluation where W&B fails."""
+    assert record(results, tmp_path, mode="disabled") is None
+    run = record(results, tmp_path, mode="offline", answers=2)
+    (folder,) = tmp_path.glob(f"wandb/offline-run-*-{run}")
+    tables = {path.name.split("_")[0]: json.loads(path.read_text()) for path in folder.rglob("*.table.json")}
+    assert tables["answers"]["columns"] == list(TABLE) and len(tables["answers"]["data"]) == 4
+    assert tables["scores"]["columns"] == list(SCORES)
+    staged = [Image.open(path).size for path in tmp_path.glob("wandb/**/staging/*") if path.read_bytes()[1:4] == b"PNG"]
+    assert {(17, 17), (34, 16)} <= set(staged)
+
+    def broken(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("wandb.init", broken)
+    assert record(results, tmp_path, mode="online", answers=1) is None
