@@ -294,8 +294,7 @@ def _validate_source(name: str, words: Sequence[str]) -> None:
     reader, options = parse(f"validate {name}", words, "input", kind, ValidateSourceOptions)
     from data_shards.convert import examine
 
-    readers = reader.datasets() if getattr(reader, "is_mixture", False) else [reader]
-    accounts = {each.name: examine(each) for each in readers}
+    accounts = examine(reader.datasets() if getattr(reader, "is_mixture", False) else [reader])
     for title, account in accounts.items():
         _print(account_table(account, title))
     _write_json(options.json, {title: account.as_dict() for title, account in accounts.items()})

@@ -177,19 +177,20 @@ def convert_each(
     return accounts
 
 
-def examine(reader: Reader) -> Account:
-    """What would become of everything that a source holds, without writing shards; in this process.
+def examine(readers: Sequence[Reader]) -> dict[str, Account]:
+    """What would become of everything that sources hold, by their names, without writing shards; in this process.
 
     Raises:
-        FlamingoError: where a file of the source cannot be read.
+        FlamingoError: where a file of a source cannot be read.
     """
-    account = Account()
+    accounts = {}
     with tempfile.TemporaryDirectory() as folder:
-        reader, _ = _with_cache(reader, Path(folder))
-        for part in reader.parts():
-            for record in reader.records(part):
-                account.samples += len(reader.documents(record, account))
-    return account
+        for reader, _ in (_with_cache(each, Path(folder)) for each in readers):
+            account = accounts[reader.name] = Account()
+            for part in reader.parts():
+                for record in reader.records(part):
+                    account.samples += len(reader.documents(record, account))
+    return accounts
 
 
 def _with_cache(reader: Reader, folder: Path) -> tuple[Reader, bool]:

@@ -315,6 +315,7 @@ def test_a_mixture_becomes_a_folder_of_shards_for_each_dataset(
     assert run(monkeypatch, "convert", "mimic_it", mixture, "--out", out, "--processes", 1, "--spaced") == 0
     assert not made  # of finished shards only the account is read
     assert run(monkeypatch, "validate", mixture) == 0
+    assert len(made) == 5 and sum(name.startswith("all-") for name in made) == 1
 
 
 @pytest.mark.parametrize(
@@ -475,7 +476,7 @@ def test_shards_do_not_depend_on_processes(tmp_path: Path) -> None:
     assert expected and contents(tmp_path / "2") == expected and contents(tmp_path / "elsewhere") == expected
     assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix == ".sqlite"]) == 2
     account = Account.from_dict(json.loads(expected["account.json"]))
-    examined = examine(reader)
+    examined = examine([reader])["LACR"]
     assert replace(examined, examples={}) == replace(account, examples={})
 
 
