@@ -25,7 +25,8 @@ from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Episode, Similarity
 from icl_eval.diagnostics import DIAGNOSTICS
 from icl_eval.engine import TIE, Answerer, Engine
-from icl_eval.ledger import FolderLedger, MemoryLedger, is_distributed, rank_and_ranks, wait
+from icl_eval.features import Features
+from icl_eval.ledger import FolderLedger, Lines, MemoryLedger, is_distributed, rank_and_ranks, wait
 from icl_eval.metrics import METRICS, Score
 from icl_eval.outcomes import DECIMALS, DECIMALS_OF_FLOAT64, Outcome, decide, generated, ranked, top_k
 from icl_eval.questions import Asked, CellKey, Questions, cell_keys
@@ -174,6 +175,7 @@ def evaluate(
     tasks: Sequence[str | Path | Task],
     *,
     batch_size: int = 128,
+    cache: str | Path | None = None,
     **options: Any,
 ) -> Results:
     """Score `model` on `tasks`. Under torch.distributed the ranks share the queries, and each returns all results.
@@ -183,6 +185,7 @@ def evaluate(
         processor: the model's.
         tasks: names, paths of YAML files, or tasks.
         batch_size: queries of a batch; scores do not depend on it beyond 1e-5.
+        cache: folder for features of pictures, see `icl_eval.features.Features`.
         options: of `evaluate_answerer`.
 
     Raises:
@@ -194,6 +197,7 @@ def evaluate(
             tasks,
             **{
                 "closed": model.gates_closed,
+                "similarity": lambda pool: Features(model, processor, pool, cache),
                 "window": max(WINDOW, 4 * batch_size),
                 "decimals": DECIMALS_OF_FLOAT64 if model.dtype == torch.float64 else DECIMALS,
                 **options,
@@ -337,8 +341,6 @@ def _saved(results: Results, folder: Path) -> list[Cell]:
 
 
 def _from_file(cells: Sequence[Cell], path: Path) -> Iterator[Cell]:
-    from icl_eval.ledger import Lines
-
     offsets, start = [], 0
     with path.open("rb") as file:
         for line in file:
