@@ -22,11 +22,17 @@ from transformers.utils import logging as transformers_logging
 
 from flamingo.errors import FlamingoError, command_line, plain_options
 from flamingo.files import sha256
+from icl_eval import board, compare
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
 from icl_eval.evaluation import RESULTS, Cell, Results, evaluate
+from icl_eval.report import write_report
 from icl_eval.tasks import available, load_task, needing_no_files
+from icl_eval.weights_and_biases import record
 
 WEIGHTS = ("*.safetensors", "*.bin")
+REPORT = "report.html"
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": compare.main, "board": board.main}
+"""What stands in the place of options, over folders of results"""
 
 
 @dataclass
@@ -35,7 +41,7 @@ class Options:
 
     Attributes:
         model: folder of a saved Flamingo.
-        out: folder for results.json and predictions.jsonl. An evaluation that was killed goes on from there.
+        out: folder for results.json, predictions.jsonl and report.html. A killed evaluation goes on from there.
         data: folder in which the folders of data sets are; empty: FLAMINGO_EVAL_DATA, or the present folder.
         shots: demonstrations, such as 0,1,4, in fast binding of each way; empty: each task's own.
         queries: of a cell; unset: each task's own number.
@@ -43,6 +49,8 @@ class Options:
         seed: of all draws; unset: each task's own.
         split: held-out split to use instead of each task's own: "validation" while designs are being chosen.
         controls: also run the controls, under which scores must fall to chance.
+        wandb: keep scores, and answers with their pictures, in Weights & Biases too; offline without a key.
+        wandb_project: where.
         device: "cpu", "cuda", or "auto".
     """
 
@@ -55,6 +63,8 @@ class Options:
     seed: int | None = None
     split: str | None = None
     controls: bool = False
+    wandb: bool = False
+    wandb_project: str = "flamingo-eval"
     device: str = "auto"
 
 
@@ -65,7 +75,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
         FlamingoError: an argument that is unknown, missing or malformed.
     """
     parser = ArgumentParser(
-        prog="flamingo-eval", description="Score a Flamingo on few-shot tasks.", exit_on_error=False, allow_abbrev=False
+        prog="flamingo-eval",
+        description="Score a Flamingo on few-shot tasks. Other commands, each with its own --help: "
+        + ", ".join(COMMANDS),
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_class_arguments(Options)
     known = ", ".join(available())
@@ -211,6 +225,10 @@ def progress_bars(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 @command_line
 def main() -> None:
     """Entry point of `flamingo-eval`."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        COMMANDS[words[0]](words[1:])
+        return
     options, names = parse()
     tasks, shots = [load_task(name) for name in names], parse_shots(options.shots)
     transformers_logging.disable_progress_bar()
@@ -234,7 +252,10 @@ def main() -> None:
     if rank == 0:
         console = Console()
         console.print(table(results))
-        console.print(str(Path(options.out, RESULTS)), soft_wrap=True)
+        for path in (Path(options.out, RESULTS), write_report(Path(options.out, REPORT), results=results)):
+            console.print(str(path), soft_wrap=True)
+        if options.wandb and (run := record(results, options.out, project=options.wandb_project)):
+            console.print(f"W&B run {run} of {options.wandb_project}")
 
 
 def _device(name: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
 
 from flamingo import FlamingoError
+from icl_eval import run
 from icl_eval.compare import BOOTSTRAP, MCNEMAR, bootstrap_p, compare, holm, main, mcnemar_p
 from icl_eval.saved import read_results
 from tests.icl_eval.runs import lines_of, write_run
@@ -191,6 +193,17 @@ def test_controls_are_compared_when_asked_for(tmp_path):
     found = runs(tmp_path, lines, lines)
     assert [row.control for row in compare(found).rows] == [None]
     assert [row.control for row in compare(found, controls=True).rows] == [None, "gates_at_zero"]
+
+
+def test_flamingo_eval_has_the_command(tmp_path, capsys, monkeypatch):
+    """`compare` taken for an option of an evaluation, or an error that comes as a traceback."""
+    folders = [str(write_run(tmp_path / name, lines_of([0, 1], [0, 0]))) for name in ("one", "two")]
+    for words, code, shown in ((folders, 0, "two against one"), (folders[:1], 2, "error: compare: 1 run")):
+        monkeypatch.setattr(sys, "argv", ["flamingo-eval", "compare", *words])
+        with pytest.raises(SystemExit) as stopped:
+            run.main()
+        assert stopped.value.code == code
+        assert shown in "".join(capsys.readouterr())
 
 
 def test_the_command(tmp_path, capsys):

@@ -88,6 +88,7 @@ def test_two_ranks_equal_one(saved, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "glyphs_5way" in done.stdout
     assert_same(predictions(tmp_path / "two"), predictions(tmp_path / "one"))
+    assert "Example prompts" in (tmp_path / "two" / "report.html").read_text()
     written = json.loads((tmp_path / "two" / "results.json").read_text())
     cells = {(cell["task"], cell["shots"], cell["control"]): cell for cell in written["cells"]}
     assert set(cells) == {
