@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -42,11 +42,15 @@ from flamingo.media import MediaMemory
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import END_OF_CHUNK, FlamingoProcessor
 from flamingo.products import fast_products
+from icl_eval.ranking import TIE as TIE
+from icl_eval.ranking import Search, Trie, best_only
 
 ENCODED_AT_ONCE = 256  # images, or frames of videos, of one pass through the vision tower
 KNOWN_CHUNKS = 2**16  # of which the tokens are kept: questions and captions recur, but there may be any number
 CACHED_TOKENS = 2**13  # rows × tokens that a cache is copied to, so that candidates are read side by side
-TIE = 1e-4  # nats: closer scores count as equal, since they may change order with the batch
+KNOWN_TRIES = 2**10  # kept, for queries with the same candidates
+LOGITS_AT_ONCE = 2**26  # of candidates; passes are of as many tokens
+MASKED = ("eager", "sdpa")  # implementations of attention that take a mask of their caller's
 JOINABLE = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 
 
@@ -374,6 +378,14 @@ class Waiting(NamedTuple):
         return self.node.read.then(self.asked.piece)
 
 
+class Learnt(NamedTuple):
+    """The log-likelihoods of the tokens that may follow a node of a row's trie, in order of its children."""
+
+    row: int
+    node: int
+    likelihoods: list[float]
+
+
 class Engine:
     """Ranks and generates answers with one model.
 
@@ -382,6 +394,10 @@ class Engine:
         processor: the model's.
         batch_size: rows of a pass, and ladders that are read side by side.
         media_bytes: limit of the store of media.
+
+    Attributes:
+        label_tokens, label_tokens_read: tokens of all candidate answers of all queries ranked so far, and how many were
+            read for them.
     """
 
     def __init__(
@@ -397,12 +413,17 @@ class Engine:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.sees_all = model.config.media_attention == "all"
         self.known: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        self.tries: dict[tuple[tuple[int, ...], ...], Trie] = {}
+        self.label_tokens = self.label_tokens_read = 0
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.filler: int = model.config.end_of_chunk_token_id
         self.opening = tuple(processor.encode(Document(())).input_ids)
         with torch.inference_mode():
             self.store = MediaStore(model, processor, media_bytes)
             self.reads_ahead = True
             self.reads_ahead = self._continues()
+            self.reads_trees = self._branches()
+        self.label_tokens = self.label_tokens_read = 0
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -497,10 +518,10 @@ class Engine:
             for batch, prefix in self._batches([(each.node, each.asked.piece) for each in waiting]):
                 asked = [waiting[number].asked for number in batch]
                 logits = self._read(library, prefix, [each.piece for each in asked])
-                for each, row in zip(asked, self._score(prefix, logits, [each.answers for each in asked]), strict=True):
+                found = self._score(prefix, logits, [each.answers for each in asked], normalise, top_k)
+                for each, row in zip(asked, found, strict=True):
                     ladder, place = each.place
-                    lengths = [len(ids) for ids in each.answers]
-                    scores[ladder][place] = best_only(row / lengths if normalise == "mean" else row, top_k)
+                    scores[ladder][place] = row
                 if progress is not None:
                     progress(len(batch))
         return scores
@@ -618,41 +639,101 @@ class Engine:
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def _score(
-        self, prompt: Prefix, logits: Tensor, answers: Sequence[tuple[tuple[int, ...], ...]]
+        self,
+        prompt: Prefix,
+        logits: Tensor,
+        answers: Sequence[tuple[tuple[int, ...], ...]],
+        normalise: str = "sum",
+        top_k: int | None = None,
     ) -> list[np.ndarray]:
-        """Summed log-likelihoods of each row's answers after `prompt`, whose last token gave `logits` (B, V)."""
-        most = max(map(len, answers), default=0)
-        # All rows' first candidates, then their second ones: the rows of a pass are then often those of the prompt.
-        pairs = [(row, place) for place in range(most) for row, each in enumerate(answers) if place < len(each)]
-        scores = [np.zeros(len(each)) for each in answers]
-        if not pairs:
-            return scores
-        rows = torch.tensor([row for row, _ in pairs], device=logits.device)
-        first = torch.tensor([answers[row][place][0] for row, place in pairs], device=logits.device)
-        logits = _exact(logits)
-        begun = logits[rows, first] - logits.logsumexp(-1)[rows]
-        for (row, place), score in zip(pairs, begun.tolist(), strict=True):
-            scores[row][place] = score
-        longer = [(row, place) for row, place in pairs if len(answers[row][place]) > 1]
-        at_once = len(answers) * max(1, CACHED_TOKENS // (len(answers) * prompt.length))
-        for some in _split(longer, at_once):
-            found = self._score_rests(prompt.pick([row for row, _ in some]), [answers[r][place] for r, place in some])
-            for (row, place), score in zip(some, found, strict=True):
-                scores[row][place] += score
-        return scores
+        """Scores of each row's answers after `prompt`, whose last token gave `logits` (B, V); see `rank`."""
+        searches = [Search(self._trie(each), normalise, top_k) for each in answers]
+        prompts = [(row, row, 0, 0, search.trie) for row, search in enumerate(searches) if search.trie.children[0]]
+        for row, node, likelihoods in _likelihoods(logits[:, None], prompts):
+            searches[row].learn(node, likelihoods)
+        while wanted := {row: nodes for row, search in enumerate(searches) if (nodes := search.wanted())}:
+            read = self._read_trees if self.reads_ahead and self.reads_trees else self._read_paths
+            for row, node, likelihoods in read(prompt, {row: (searches[row].trie, wanted[row]) for row in wanted}):
+                searches[row].learn(node, likelihoods)
+        self.label_tokens += sum(int(search.trie.lengths.sum()) for search in searches)
+        return [best_only(search.scores, top_k) for search in searches]
 
-    def _score_rests(self, prompt: Prefix, answers: Sequence[tuple[int, ...]]) -> list[float]:
-        """Summed log-likelihoods of the tokens of an answer for each row, but for the first."""
-        longest = max(map(len, answers))
-        filled = [[*ids, *[self.filler] * (longest - len(ids))] for ids in answers]
-        ids = torch.tensor(filled, device=self.model.device)
-        # The last token of an answer is only predicted. Shorter answers are filled up behind: nothing sees that.
-        logits = _exact(self._pass(prompt, ids[:, :-1], [()] * len(ids), keep=longest - 1))
-        tokens = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-        lengths = torch.tensor([len(each) for each in answers], device=ids.device)
-        beyond = torch.arange(1, longest, device=ids.device) >= lengths[:, None]
-        summed: list[float] = tokens.masked_fill(beyond, 0.0).sum(-1).tolist()
-        return summed
+    def _trie(self, answers: tuple[tuple[int, ...], ...]) -> Trie:
+        if answers not in self.tries:
+            if len(self.tries) >= KNOWN_TRIES:
+                self.tries.clear()
+            self.tries[answers] = Trie(answers)
+        return self.tries[answers]
+
+    def _read_trees(self, prompt: Prefix, wanted: Mapping[int, tuple[Trie, list[int]]]) -> Iterator[Learnt]:
+        """Read nodes of tries, all those of one row of `prompt` side by side: each sees those before it alone."""
+        limit = max(16, LOGITS_AT_ONCE // self.vocabulary)
+        for rows in _split(list(wanted), limit):
+            each = max(1, limit // len(rows))
+            for start in range(0, max(len(wanted[row][1]) for row in rows), each):
+                some = {row: (wanted[row][0], wanted[row][1][start : start + each]) for row in rows}
+                yield from self._read_tree(prompt, {row: part for row, part in some.items() if part[1]})
+
+    def _read_tree(self, prompt: Prefix, wanted: Mapping[int, tuple[Trie, list[int]]]) -> Iterator[Learnt]:
+        """As `_read_trees`, in one pass."""
+        device = self.model.device
+        closures = [trie.closure(nodes) for trie, nodes in wanted.values()]
+        longest = max(map(len, closures))
+        ids = torch.full((len(wanted), longest), self.filler)
+        depths = torch.ones(len(wanted), longest, dtype=torch.long)
+        seen = torch.eye(longest, dtype=torch.bool).repeat(len(wanted), 1, 1)
+        places: list[dict[int, int]] = []
+        for row, ((trie, _), closure) in enumerate(zip(wanted.values(), closures, strict=True)):
+            ids[row, : len(closure)] = torch.tensor([trie.tokens[node] for node in closure])
+            depths[row, : len(closure)] = torch.tensor([trie.depths[node] for node in closure])
+            places.append({node: place for place, node in enumerate(closure)})
+            for place, node in enumerate(closure):
+                if trie.parents[node]:
+                    seen[row, place] |= seen[row, places[row][trie.parents[node]]]
+        prefix = prompt.pick(list(wanted))
+        before = torch.ones(len(wanted), prefix.length, dtype=torch.bool, device=device)
+        if prefix.padding is not None:
+            before = prefix.padding.bool()
+        seen = torch.cat((before[:, None].expand(-1, longest, -1), seen.to(device)), dim=-1)
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=device)
+        mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
+        positions = before.sum(dim=1, keepdim=True) - 1 + depths.to(device)
+        media: list[tuple[int, ...]] = [()] * len(wanted)
+        logits = self._pass(prefix, ids.to(device), media, keep=longest, mask=mask, positions=positions)
+        self.label_tokens_read += sum(map(len, closures))
+        found = [
+            (row, at, place[node], node, trie)
+            for at, ((row, (trie, nodes)), place) in enumerate(zip(wanted.items(), places, strict=True))
+            for node in nodes
+        ]
+        yield from _likelihoods(logits, found)
+
+    def _read_paths(self, prompt: Prefix, wanted: Mapping[int, tuple[Trie, list[int]]]) -> Iterator[Learnt]:
+        """As `_read_trees`, for any LM: each path through a trie is a row of its own."""
+        ends = {row: trie.ends_of(nodes) for row, (trie, nodes) in wanted.items()}
+        most = max(map(len, ends.values()))
+        # All rows' first paths, then their second ones: the rows of a pass are then often those of the prompt.
+        paths = [(row, ends[row][place]) for place in range(most) for row in wanted if place < len(ends[row])]
+        missing = {row: set(nodes) for row, (_, nodes) in wanted.items()}
+        at_once = len(wanted) * max(1, CACHED_TOKENS // (len(wanted) * max(1, prompt.length)))
+        for some in _split(paths, at_once):
+            read = [wanted[row][0].path(end) for row, end in some]
+            longest = max(map(len, read))
+            tokens = [
+                [wanted[row][0].tokens[node] for node in nodes] for (row, _), nodes in zip(some, read, strict=True)
+            ]
+            # Shorter paths are filled up behind: nothing sees that.
+            ids = torch.tensor([[*each, *[self.filler] * (longest - len(each))] for each in tokens])
+            prefix = prompt.pick([row for row, _ in some])
+            logits = self._pass(prefix, ids.to(self.model.device), [()] * len(some), keep=longest)
+            self.label_tokens_read += sum(map(len, read))
+            found = []
+            for at, ((row, _), nodes) in enumerate(zip(some, read, strict=True)):
+                found += [
+                    (row, at, place, node, wanted[row][0]) for place, node in enumerate(nodes) if node in missing[row]
+                ]
+                missing[row].difference_update(nodes)
+            yield from _likelihoods(logits, found)
 
     def _generate(
         self, library: Library, prefix: Prefix, whole: Sequence[Piece], max_new_tokens: int, beams: int
@@ -686,7 +767,16 @@ class Engine:
         ids = torch.tensor([piece.ids for piece in pieces], device=self.model.device)
         return self._pass(prefix, ids, [self.store.of(library, piece.media) for piece in pieces])[:, -1]
 
-    def _pass(self, prefix: Prefix, ids: Tensor, media: Sequence[tuple[int, ...]], keep: int = 1) -> Tensor:
+    def _pass(
+        self,
+        prefix: Prefix,
+        ids: Tensor,
+        media: Sequence[tuple[int, ...]],
+        keep: int = 1,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Read `ids` (B, T) on from `prefix`, which moves along; logits (B, keep, V) of the last positions.
 
         Args:
@@ -694,6 +784,8 @@ class Engine:
             ids: at least one token each.
             media: of each row, slots of the media that stand among `ids`.
             keep: positions, from the last one back, of which logits are wanted.
+            mask, positions: (B, 1, T, tokens read) to add to scores of attention, and (B, T), where tokens do not
+                follow one another; nothing can be read on from there.
         """
         if prefix.cache is not None and ids.shape[1] > 1 and not self.reads_ahead:
             return self._pass_by_token(prefix, ids, media, keep)
@@ -704,9 +796,10 @@ class Engine:
         last = before[:, None] + (ids == self.model.config.image_token_id).long().cumsum(dim=1)
         if prefix.padding is not None:
             prefix.padding = torch.cat((prefix.padding, torch.ones_like(ids)), dim=1)
-        mask, positions = prefix.padding, None
-        if mask is not None and self.model.takes_positions:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if mask is None:
+            mask = prefix.padding
+            if mask is not None and self.model.takes_positions:
+                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         slots = torch.tensor([slot for each in available for slot in each], dtype=torch.long, device=device)
         output = self.model(
             input_ids=ids,
@@ -736,6 +829,24 @@ class Engine:
             logits.append(self._pass(prefix, token, own))
         return torch.cat(logits[-keep:], dim=1)
 
+    def _branches(self) -> bool:
+        """Whether candidates can be read as a tree, by a mask; some LMs do not heed it, or go by order alone."""
+        config = self.model.language_model.config
+        windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")]
+        if not self.model.takes_positions or config._attn_implementation not in MASKED or any(windows):
+            return False
+        beginning, *some = [token for token in range(10) if token != self.model.config.image_token_id][:9]
+        prompt = Prefix([()])
+        logits = self._pass(prompt, torch.tensor([[beginning, *some]], device=self.model.device), [()])[:, -1]
+        if not all(type(layer) is DynamicLayer for layer in prompt.cache.layers):
+            return False
+        branches = tuple((some[i], some[j], some[i + j], some[0]) for i in range(3) for j in range(3))
+        found = []
+        for self.reads_trees in (False, True):
+            found.append(self._score(prompt, logits, [branches])[0])
+        noise = 100 * float(torch.finfo(_exact(logits).dtype).eps) * np.abs(found[0]).max()
+        return bool(np.abs(found[1] - found[0]).max() <= noise)
+
     def _continues(self) -> bool:
         """Whether the LM's cache goes on right by several tokens at once; that of some families does not."""
         some = [token for token in range(10) if token != self.model.config.image_token_id][:9]
@@ -747,6 +858,23 @@ class Engine:
         known = expected.isfinite()  # −inf: ids that no token has
         noise = 100 * torch.finfo(expected.dtype).eps * expected[known].abs().max()
         return bool((found - expected)[known].abs().max() <= noise)
+
+
+def _likelihoods(logits: Tensor, read: Sequence[tuple[int, int, int, int, Trie]]) -> Iterator[Learnt]:
+    """What was learnt of nodes.
+
+    Args:
+        logits: (B, T, V) after tokens of nodes.
+        read: the row whose trie it is, row and place in `logits`, and the node, in its trie.
+    """
+    logits = _exact(logits)
+    if not read:
+        return
+    edges = [(at, place, trie.tokens[child]) for _, at, place, node, trie in read for child in trie.children[node]]
+    at, place, token = torch.tensor(edges, device=logits.device).unbind(dim=1)
+    values = iter((logits[at, place, token] - logits.logsumexp(-1)[at, place]).tolist())
+    for row, _, _, node, trie in read:
+        yield Learnt(row, node, [next(values) for _ in trie.children[node]])
 
 
 def answer_tokens(key: str, chunk: Chunk, answer: str, prompt: Sequence[int], whole: Sequence[int]) -> tuple[int, ...]:
@@ -761,14 +889,6 @@ def answer_tokens(key: str, chunk: Chunk, answer: str, prompt: Sequence[int], wh
             f"{chunk.text + answer!r}; end the prompt where a token ends"
         )
     return tuple(whole[len(prompt) :])
-
-
-def best_only(scores: np.ndarray, top_k: int | None) -> np.ndarray:
-    """Scores of the `top_k` best, and of what is at most `TIE` below them; −inf for the others. None: all scores."""
-    if top_k is None or top_k >= len(scores):
-        return scores
-    least = np.partition(scores, -top_k)[-top_k] - TIE
-    return np.where(scores >= least, scores, -np.inf)
 
 
 def answer_text(processor: FlamingoProcessor, ids: Sequence[int]) -> str:

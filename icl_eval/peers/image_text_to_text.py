@@ -29,7 +29,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, IdeficsProc
 from flamingo.document import Medium, Video
 from flamingo.errors import FlamingoError
 from flamingo.images import decode
-from icl_eval.engine import Chunk, Ladder, Library, Query, answer_tokens, best_only
+from icl_eval.engine import Chunk, Ladder, Library, Query, answer_tokens
+from icl_eval.ranking import best_only
 
 Form = Literal["plain", "chat"]
 Part = str | PilImage.Image

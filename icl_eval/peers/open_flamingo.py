@@ -27,7 +27,8 @@ from flamingo.document import Image, Medium
 from flamingo.errors import FlamingoError
 from flamingo.processing import FlamingoProcessor
 from icl_eval import plain
-from icl_eval.engine import Ladder, Library, Query, answer_text, answer_tokens, best_only
+from icl_eval.engine import Ladder, Library, Query, answer_text, answer_tokens
+from icl_eval.ranking import best_only
 
 INSTALL = "pip install --no-deps open_flamingo==2.0.1 einops-exts"
 
