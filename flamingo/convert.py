@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -80,7 +83,8 @@ def convert(options: Options, read: str, written: str) -> None:
             raise FlamingoError("--from open_clip: is a vision tower, which is written as one; expected no other --to")
         convert_tower(options)
         return
-    model, processor = load(options, read)
+    with loading("--checkpoint", Path(options.checkpoint)):
+        model, processor = load(options, read)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     if written == "open_flamingo":
         open_flamingo.save(model, options.out)
@@ -112,6 +116,19 @@ def load(options: Options, read: str) -> tuple[FlamingoForConditionalGeneration,
         new_output_rows=options.new_output_rows,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+@contextmanager
+def loading(option: str, path: Path) -> Iterator[None]:
+    """Errors of transformers as one that names the option and the model that it gave."""
+    try:
+        yield
+    except FlamingoError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        missing = "" if path.exists() else "is not on this machine, and "
+        raise FlamingoError(f"{option}: {path}: {missing}cannot be loaded as a model: {said}") from error
 
 
 def convert_tower(options: Options) -> None:

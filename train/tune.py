@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor, backbones
 from flamingo.backbones import backbone_identity, backbone_path
-from flamingo.convert import Options
+from flamingo.convert import Options, loading
 from flamingo.convert import load as load_converted
 from flamingo.errors import FlamingoError, command_line
 from flamingo.files import read_object, sha256
@@ -184,7 +181,7 @@ def load_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, Fla
             new_output_rows=init.new_output_rows,
             trust_remote_code=init.trust_remote_code,
         )
-        with _loading(path):
+        with loading("init.path", path):
             model, processor = load_converted(options, kind)
     return model.float(), processor
 
@@ -202,7 +199,7 @@ def outline_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, 
         with torch.device("meta"):
             lora.merge(model)
     elif kind == "flamingo":
-        with _loading(path):
+        with loading("init.path", path):
             config = FlamingoConfig.from_pretrained(path)
             with torch.device("meta"):
                 model = FlamingoForConditionalGeneration(config)
@@ -216,19 +213,6 @@ def outline_init(recipe: TuneRecipe) -> tuple[FlamingoForConditionalGeneration, 
             init.vision, init.language, trust_remote_code=init.trust_remote_code, **options
         )
     return model.float(), processor
-
-
-@contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """Errors of transformers as one that names the model."""
-    try:
-        yield
-    except FlamingoError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())
-        missing = "" if path.exists() else "is not on this machine, and "
-        raise FlamingoError(f"init.path: {path}: {missing}cannot be loaded as a model: {said}") from error
 
 
 @command_line

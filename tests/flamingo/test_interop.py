@@ -522,6 +522,19 @@ def test_the_command_converts_there_and_back(worlds: Callable[..., World], tmp_p
             run(line, checkpoint=tmp_path / "x", out=tmp_path / "y")
 
 
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Catches a traceback of transformers for a folder that is missing, or holds no model."""
+    for name, said in (
+        ("no/such/folder", "is not on this machine, and cannot be loaded"),
+        ("empty", "cannot be loaded"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        line = ["--from=flamingo", "--to=otter", f"--checkpoint={tmp_path / name}", f"--out={tmp_path / 'out'}"]
+        with pytest.raises(FlamingoError, match=f"--checkpoint: {tmp_path / name}: {said} as a model: "):
+            convert(*parse(line))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_runs_a_backbones_code_where_it_may(
     worlds: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
