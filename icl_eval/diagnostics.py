@@ -35,7 +35,8 @@ from icl_eval.sources import Pool
 
 CONTROLS = ("gates_at_zero", "labels_permuted", "images_swapped", "random_query")
 ORDERS = ("order_1", "order_2", "order_3")
-DIAGNOSTICS = (*CONTROLS, "text_only", *ORDERS)
+VARIANTS = ("text_only", *ORDERS)
+DIAGNOSTICS = (*CONTROLS, *VARIANTS)
 CONTROL_SHOTS = 4
 
 

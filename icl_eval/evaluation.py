@@ -6,10 +6,11 @@ import json
 import platform
 import subprocess
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,6 @@ import torch
 from torch import distributed
 
 from flamingo.errors import FlamingoError
-from flamingo.files import whole, write_text
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Episode, Similarity
@@ -27,16 +27,27 @@ from icl_eval.diagnostics import DIAGNOSTICS
 from icl_eval.engine import TIE, Answerer, Engine
 from icl_eval.features import Features
 from icl_eval.ledger import FolderLedger, Lines, MemoryLedger, is_distributed, rank_and_ranks, wait
-from icl_eval.metrics import METRICS, Score
+from icl_eval.metrics import METRICS
 from icl_eval.outcomes import DECIMALS, DECIMALS_OF_FLOAT64, Outcome, decide, generated, ranked, top_k
 from icl_eval.questions import Asked, CellKey, Questions, cell_keys
+from icl_eval.results import PREDICTIONS, RESULTS, SCHEMA, Cell, Results, summary
 from icl_eval.sources import Pool, load_pool
-from icl_eval.tasks import HELD_OUT, Task, load_task
+from icl_eval.tasks import CHOICES, HELD_OUT, Task, load_task
+from icl_eval.verdicts import diagnoses
 
-__all__ = ["TIE", "Cell", "Outcome", "Progress", "Results", "decide", "evaluate", "evaluate_answerer", "summary"]
+__all__ = [
+    "RESULTS",
+    "TIE",
+    "Cell",
+    "Outcome",
+    "Progress",
+    "Results",
+    "decide",
+    "evaluate",
+    "evaluate_answerer",
+    "summary",
+]
 
-SCHEMA = 2
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 WINDOW = 256  # queries, at least, that are drawn, asked and written at a time
 PACKAGES = ("flamingo-icl", "torch", "transformers", "tokenizers", "numpy", "pillow")
 
@@ -45,128 +56,6 @@ Progress = Callable[[str, int, int], None]
 """Called with a task's name, and how many of its queries are done and there are (all shots and controls)."""
 Closing = Callable[[], AbstractContextManager[Any]]
 """Makes a context within which no picture reaches the language model."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number of the table: a task at some shots, plain or under a control.
-
-    Attributes:
-        task, shots, control: which.
-        score: all figures of the task's metric.
-        ties: queries whose best candidates were tied.
-        outcomes: of all queries, in their order; in memory, or read from a file when they are asked for.
-        zero_shot: how the prompts at 0 shots begin, as `Task.zero_shot`; None at others.
-    """
-
-    task: str
-    shots: int
-    control: str | None
-    score: Score
-    ties: int
-    outcomes: Sequence[Outcome] = field(repr=False)
-    zero_shot: str | None = None
-
-    @property
-    def value(self) -> float:
-        """The metric's headline."""
-        return self.score.value
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its 95 % interval; NaN where there is none."""
-        return self.score.interval or (float("nan"), float("nan"))
-
-
-@dataclass
-class Results:
-    """All cells of an evaluation and what is needed to make it again.
-
-    Attributes:
-        tasks: the tasks as they were run, by name.
-        cells: in order of tasks, plain ones by shots, then controls.
-        seed: of each task's draws.
-        seconds: spent on each task.
-        facts: versions, commit, machine, and what the caller adds (model, recipe).
-        diagnostics: by task: what its demonstrations contribute; see `icl_eval.verdicts`.
-        data: the folder of data sets that was given, for whoever shows the pictures; see `load_pool`.
-    """
-
-    tasks: dict[str, Task]
-    cells: list[Cell]
-    seed: dict[str, int]
-    seconds: dict[str, float]
-    facts: dict[str, Any] = field(default_factory=dict)
-    diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    data: str | Path | None = None
-
-    def cell(self, task: str, shots: int, control: str | None = None) -> Cell:
-        """The cell of `task` at `shots` under `control`.
-
-        Raises:
-            KeyError: it was not run.
-        """
-        for cell in self.cells:
-            if (cell.task, cell.shots, cell.control) == (task, shots, control):
-                return cell
-        raise KeyError((task, shots, control))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the single outcomes, as plain data: results.schema.json."""
-        return {
-            "schema": SCHEMA,
-            "tie_nats": TIE,
-            "facts": self.facts,
-            "seeds": self.seed,
-            "seconds": self.seconds,
-            "tasks": {name: task.definition() for name, task in self.tasks.items()},
-            "cells": [_cell_as_dict(cell) for cell in self.cells],
-            **({"diagnostics": self.diagnostics} if self.diagnostics else {}),
-            "predictions": PREDICTIONS,
-        }
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `results.json` and `predictions.jsonl`, a line for each outcome; returns the former's path."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / PREDICTIONS) as unfinished, unfinished.open("w", encoding="utf-8") as lines:
-            for cell in self.cells:
-                about = {"task": cell.task, "shots": cell.shots, "control": cell.control}
-                values = cell.score.per_item
-                for place, outcome in enumerate(cell.outcomes):
-                    value = None if values is None else float(values[place])
-                    line = {**about, **_outcome_as_dict(outcome), "value": value}
-                    lines.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-        path = folder / RESULTS
-        write_text(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
-        return path
-
-
-def _cell_as_dict(cell: Cell) -> dict[str, Any]:
-    about: dict[str, Any] = {"task": cell.task, "shots": cell.shots, "control": cell.control}
-    if cell.zero_shot is not None:
-        about["zero_shot"] = cell.zero_shot
-    return {**about, **cell.score.as_dict(), "ties": cell.ties}
-
-
-def _outcome_as_dict(outcome: Outcome) -> dict[str, Any]:
-    """Without what it does not have."""
-    left_out = {"group"} if outcome.group is None else set()
-    if not outcome.candidates:
-        left_out |= {"candidates", "scores", "tied"}
-    return {key: value for key, value in vars(outcome).items() if key not in left_out}
-
-
-def summary(results: Results) -> dict[str, Any]:
-    """The parts `tasks`, `controls` and `chance` of the quickstart's summary.json: scores by task and shots."""
-    tasks: dict[str, dict[str, float]] = {}
-    controls: dict[str, dict[str, float]] = {}
-    for cell in results.cells:
-        if cell.control is None:
-            tasks.setdefault(cell.task, {})[str(cell.shots)] = cell.value
-        else:
-            controls.setdefault(cell.control, {})[cell.task] = cell.value
-    return {"tasks": tasks, "controls": controls, "chance": {name: task.chance for name, task in results.tasks.items()}}
 
 
 def evaluate(
@@ -249,20 +138,19 @@ def evaluate_answerer(
     Raises:
         FlamingoError: what is wrong with a task or an argument, in one line.
     """
-    prepared = [
-        _prepare(load_task(task) if not isinstance(task, Task) else task, shots, queries, seed, split, zero_shot)
-        for task in tasks
+    run_tasks = [
+        prepared(task, shots=shots, queries=queries, seed=seed, split=split, zero_shot=zero_shot) for task in tasks
     ]
-    if len({task.name for task in prepared}) < len(prepared):
-        raise FlamingoError(f"tasks: expected different names, got {', '.join(task.name for task in prepared)}")
+    if len({task.name for task in run_tasks}) < len(run_tasks):
+        raise FlamingoError(f"tasks: expected different names, got {', '.join(task.name for task in run_tasks)}")
     for control in controls:
         if control not in DIAGNOSTICS:
             raise FlamingoError(f"controls: {control!r}, expected some of {', '.join(DIAGNOSTICS)}")
     if "gates_at_zero" in controls and closed is None:
         raise FlamingoError("controls: gates_at_zero, but this model has no gates to close")
-    keys = {task.name: cell_keys(task, controls) for task in prepared}
+    keys = {task.name: cell_keys(task, controls) for task in run_tasks}
     questions = {}
-    for task in prepared:
+    for task in run_tasks:
         pool = load_pool(task, data)
         # Features are made once the model is at hand.
         questions[task.name] = Questions(replace(task, chance=_chance(task, pool)), pool, keys[task.name])
@@ -280,20 +168,28 @@ def evaluate_answerer(
         outcomes = ledger.collect(name, keys[name])
         results.cells += [_cell(each, key, outcomes[key]) for key in keys[name]]
         results.seconds[name] = time.perf_counter() - start
+    results.diagnostics = diagnoses(results)
     if out is not None:
         results.cells = _saved(results, Path(out))
     ledger.close()
     return results
 
 
-def _prepare(
-    task: Task,
-    shots: Sequence[int] | None,
-    queries: int | None,
-    seed: int | None,
-    split: str | None,
-    zero_shot: str | None,
+def prepared(
+    task: str | Path | Task,
+    *,
+    shots: Sequence[int] | None = None,
+    queries: int | None = None,
+    seed: int | None = None,
+    split: str | None = None,
+    zero_shot: str | None = None,
 ) -> Task:
+    """A task as it is run with some options of `evaluate_answerer`.
+
+    Raises:
+        FlamingoError: what is wrong with the task or an option.
+    """
+    task = task if isinstance(task, Task) else load_task(task)
     if shots is not None and any(task.shots):
         task = replace(task, shots=tuple(sorted(set(shots))))
     if queries is not None:
@@ -305,8 +201,8 @@ def _prepare(
     if split is not None and task.split in HELD_OUT:
         task = replace(task, split=split)
     if zero_shot is not None and not task.ways:
-        if zero_shot not in ("honest", "text_only"):
-            raise FlamingoError(f"zero_shot: {zero_shot!r}, expected honest or text_only")
+        if zero_shot not in CHOICES["zero_shot"]:
+            raise FlamingoError(f"zero_shot: {zero_shot!r}, expected one of {', '.join(CHOICES['zero_shot'])}")
         task = replace(task, zero_shot=zero_shot)
     return task
 
@@ -341,7 +237,7 @@ def _saved(results: Results, folder: Path) -> list[Cell]:
 
 
 def _from_file(cells: Sequence[Cell], path: Path) -> Iterator[Cell]:
-    offsets, start = [], 0
+    offsets, start = array("q"), 0
     with path.open("rb") as file:
         for line in file:
             offsets.append(start)

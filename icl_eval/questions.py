@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from icl_eval.demonstrations import TEXT_ONLY, Draws, Episode, Similarity, orders
-from icl_eval.diagnostics import CONTROL_SHOTS, reordered, under_control
+from icl_eval.diagnostics import CONTROL_SHOTS, VARIANTS, reordered, under_control
 from icl_eval.engine import Chunk, Ladder, Query
 from icl_eval.prompts import Prompt, Template
 from icl_eval.sources import Pool
@@ -87,6 +87,12 @@ class Questions:
 
 
 def cell_keys(task: Task, controls: Sequence[str]) -> list[CellKey]:
-    """A task's cells: plain ones by shots, then controls, for tasks with demonstrations."""
-    plain: list[CellKey] = [(count, None) for count in task.shots]
-    return [*plain, *((CONTROL_SHOTS, control) for control in controls if any(task.shots))]
+    """A task's cells: plain ones by shots, then controls, for tasks with demonstrations.
+
+    Variants are nothing without what they vary: with them the plain cells at 0 and `CONTROL_SHOTS` are run too.
+    """
+    if not any(task.shots):
+        return [(count, None) for count in task.shots]
+    compared = {0, CONTROL_SHOTS} if set(VARIANTS) & set(controls) else set()
+    plain: list[CellKey] = [(count, None) for count in sorted({*task.shots, *compared})]
+    return [*plain, *((CONTROL_SHOTS, control) for control in controls)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +22,26 @@ from transformers.utils import logging as transformers_logging
 
 from flamingo.errors import FlamingoError, command_line, plain_options
 from flamingo.files import sha256
-from icl_eval import board, compare
-from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
-from icl_eval.evaluation import RESULTS, Cell, Results, evaluate
+from icl_eval import board, compare, listing
+from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
+from icl_eval.evaluation import evaluate, prepared
+from icl_eval.ledger import rank_and_ranks
 from icl_eval.report import write_report
-from icl_eval.tasks import available, load_task, needing_no_files
+from icl_eval.results import RESULTS, Cell, Results
+from icl_eval.seeds import folder_of, write_seeds
+from icl_eval.seeds import table as across_seeds
+from icl_eval.show import write_prompts
+from icl_eval.tasks import Task, available, load_task, needing_no_files
 from icl_eval.weights_and_biases import record
 
 WEIGHTS = ("*.safetensors", "*.bin")
 REPORT = "report.html"
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": compare.main, "board": board.main}
-"""What stands in the place of options, over folders of results"""
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "tasks": listing.main,
+    "compare": compare.main,
+    "board": board.main,
+}
+"""What may stand in the place of options"""
 
 
 @dataclass
@@ -47,8 +56,14 @@ class Options:
         queries: of a cell; unset: each task's own number.
         batch_size: queries of a batch; scores do not depend on it.
         seed: of all draws; unset: each task's own.
+        seeds: several, such as 0,1,2: results in a folder for each, and means and standard deviations over them.
         split: held-out split to use instead of each task's own: "validation" while designs are being chosen.
+        zero_shot: what stands before a query at 0 shots, "honest" (nothing) or "text_only" (two demonstrations without
+            pictures, as in the papers); unset: each task's own.
         controls: also run the controls, under which scores must fall to chance.
+        diagnostics: run the controls and more, and say in words what the demonstrations contribute.
+        show: write the exact prompts of so many queries of each task as pages, and evaluate nothing.
+        cache: folder for features of pictures; empty: FLAMINGO_CACHE, or flamingo-icl among the user's caches.
         wandb: keep scores, and answers with their pictures, in Weights & Biases too; offline without a key.
         wandb_project: where.
         device: "cpu", "cuda", or "auto".
@@ -61,8 +76,13 @@ class Options:
     queries: int | None = None
     batch_size: int = 128
     seed: int | None = None
+    seeds: str = ""
     split: str | None = None
+    zero_shot: str | None = None
     controls: bool = False
+    diagnostics: bool = False
+    show: int = 0
+    cache: str = ""
     wandb: bool = False
     wandb_project: str = "flamingo-eval"
     device: str = "auto"
@@ -92,17 +112,17 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
     return Options(**vars(parsed)), names or needing_no_files()
 
 
-def parse_shots(text: str) -> list[int] | None:
+def parse_numbers(option: str, text: str) -> list[int] | None:
     """Text such as "0,1,4" → [0, 1, 4]; "" → None.
 
     Raises:
-        FlamingoError: anything else.
+        FlamingoError: anything else; it names the option.
     """
     if not text:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise FlamingoError(f"--shots {text}: expected whole numbers from 0, such as 0,1,4")
+        raise FlamingoError(f"{option} {text}: expected whole numbers from 0, such as 0,1,4")
     return [int(part) for part in parts]
 
 
@@ -146,46 +166,48 @@ def identity(folder: str) -> dict[str, Any]:
 
 
 def table(results: Results) -> Group:
-    """Accuracy against shots, and under the controls where they were run, each with its 95 % interval."""
-    cells = {(cell.task, cell.shots, cell.control): cell for cell in results.cells}
-    shots = sorted({cell.shots for cell in results.cells if cell.control is None})
-    parts: list[Table | str] = [
-        _table(results, "accuracy by shots per way", [(str(n), (n, None)) for n in shots], cells)
-    ]
-    controls = [name for name in CONTROLS if any(cell.control == name for cell in results.cells)]
-    if controls:
-        columns = [(name.replace("_", " "), (CONTROL_SHOTS, name)) for name in controls]
-        parts.append(_table(results, f"controls at {CONTROL_SHOTS} shots: expected at chance", columns, cells))
+    """Scores against shots, and under the controls where they were run, each with its 95 % interval."""
+    plain = {(cell.task, cell.shots): cell for cell in results.cells if cell.control is None}
+    shots = sorted({count for _, count in plain})
+    shown = _table("score by shots", ["task", "metric"], [*map(str, shots), "chance"])
+    for name, task in results.tasks.items():
+        row = [plain.get((name, count)) for count in shots]
+        shown.add_row(name, task.metric, *map(_shown, row), _chance(task))
+    parts: list[Table | str] = [shown]
+    controlled = [cell for cell in results.cells if cell.control is not None]
+    if controlled:
+        under = _table(f"under controls, at {CONTROL_SHOTS} shots", ["task", "control"], ["score", "chance"])
+        for cell in controlled:
+            under.add_row(cell.task, cell.control, _shown(cell), _chance(results.tasks[cell.task]))
+        parts.append(under)
     if any(cell.ties for cell in results.cells):
         parts.append("* tied queries went to the first label; results.json counts them")
     return Group(*parts)
 
 
-def _table(
-    results: Results,
-    title: str,
-    columns: Sequence[tuple[str, tuple[int, str | None]]],
-    cells: dict[tuple[str, int, str | None], Cell],
-) -> Table:
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     shown = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False, collapse_padding=True
     )
-    shown.add_column("task", no_wrap=True)
-    for heading, _ in columns:
-        shown.add_column(heading, justify="right")
-    shown.add_column("chance", justify="right", style="dim")
-    for name, task in results.tasks.items():
-        row = [cells.get((name, *key)) for _, key in columns]
-        if any(row):
-            shown.add_row(name, *map(_shown, row), "" if task.chance is None else f"{task.chance:.3f}")
+    for heading in texts:
+        shown.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        shown.add_column(heading, justify="right", style="dim" if heading == "chance" else None)
     return shown
+
+
+def _chance(task: Task) -> str:
+    return "" if task.chance is None else f"{task.chance:.3f}"
 
 
 def _shown(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    low, high = (f"{end:.3f}".removeprefix("0") for end in cell.interval)
-    return f"{cell.value:.3f}{'*' if cell.ties else ''}\n[dim]{low}–{high}[/dim]"
+    text = f"{cell.value:.3f}{'*' if cell.ties else ''}"
+    if cell.score.interval is None:
+        return text
+    low, high = (f"{end:.3f}".removeprefix("0") for end in cell.score.interval)
+    return f"{text}\n[dim]{low}–{high}[/dim]"
 
 
 @contextmanager
@@ -230,32 +252,88 @@ def main() -> None:
         COMMANDS[words[0]](words[1:])
         return
     options, names = parse()
-    tasks, shots = [load_task(name) for name in names], parse_shots(options.shots)
+    settings = _settings(options)
+    seeds = _seeds(options)
+    tasks = [load_task(name) for name in names]
     transformers_logging.disable_progress_bar()
     with ranks() as rank, progress_bars(shown=rank == 0) as progress:
         model, processor = load(options.model, _device(options.device))
-        results = evaluate(
-            model,
-            processor,
-            tasks,
-            shots=shots,
-            controls=CONTROLS if options.controls else (),
-            queries=options.queries,
-            data=options.data or None,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            split=options.split,
-            out=options.out,
-            facts={"model": identity(options.model)},
-            progress=progress,
-        )
+        if options.show:
+            if rank_and_ranks()[1] > 1:
+                raise FlamingoError(f"--show {options.show}: expected a single process")
+            print(*_shown_prompts(options, model, processor, tasks, settings), sep="\n")
+            return
+        facts = {"model": identity(options.model)}
+        runs = {
+            seed: evaluate(
+                model,
+                processor,
+                tasks,
+                batch_size=options.batch_size,
+                cache=options.cache or None,
+                seed=seed,
+                out=_out(options, seed),
+                facts=facts,
+                progress=progress,
+                **settings,
+            )
+            for seed in seeds
+        }
     if rank == 0:
-        console = Console()
-        console.print(table(results))
-        for path in (Path(options.out, RESULTS), write_report(Path(options.out, REPORT), results=results)):
-            console.print(str(path), soft_wrap=True)
-        if options.wandb and (run := record(results, options.out, project=options.wandb_project)):
-            console.print(f"W&B run {run} of {options.wandb_project}")
+        for seed, results in runs.items():
+            _report(options, results, _out(options, seed))
+        if len(runs) > 1:
+            by_seed = {int(seed): results for seed, results in runs.items() if seed is not None}
+            Console().print(across_seeds(by_seed))
+            Console().print(str(write_seeds(options.out, by_seed)), soft_wrap=True)
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """What `evaluate` and `write_prompts` run tasks with, of the options."""
+    controls = DIAGNOSTICS if options.diagnostics else CONTROLS if options.controls else ()
+    return {
+        "shots": parse_numbers("--shots", options.shots),
+        "controls": controls,
+        "queries": options.queries,
+        "split": options.split,
+        "zero_shot": options.zero_shot,
+        "data": options.data or None,
+    }
+
+
+def _seeds(options: Options) -> list[int | None]:
+    seeds = parse_numbers("--seeds", options.seeds)
+    if seeds is None:
+        return [options.seed]
+    if options.seed is not None or len(set(seeds)) < len(seeds):
+        raise FlamingoError(f"--seeds {options.seeds}: expected different numbers, and no --seed beside them")
+    return list(seeds)
+
+
+def _out(options: Options, seed: int | None) -> Path:
+    return folder_of(options.out, seed) if options.seeds and seed is not None else Path(options.out)
+
+
+def _shown_prompts(
+    options: Options, model: Any, processor: Any, tasks: Sequence[Task], settings: Mapping[str, Any]
+) -> list[Path]:
+    """Pages of the exact prompts, which are those of the first seed."""
+    how = {name: each for name, each in settings.items() if name not in ("controls", "data")}
+    where = {"controls": settings["controls"], "data": settings["data"], "cache": options.cache or None}
+    run = [prepared(task, seed=_seeds(options)[0], **how) for task in tasks]
+    return [page for task in run for page in write_prompts(model, processor, task, options.show, options.out, **where)]
+
+
+def _report(options: Options, results: Results, out: Path) -> None:
+    console = Console()
+    console.print(table(results))
+    for name, found in results.diagnostics.items():
+        console.print(f"[bold]{name}[/bold] {found['verdict']}")
+    page = write_report(out / REPORT, results=results)
+    for path in (out / RESULTS, page):
+        console.print(str(path), soft_wrap=True)
+    if options.wandb:
+        record(results, out, project=options.wandb_project)
 
 
 def _device(name: str) -> str:

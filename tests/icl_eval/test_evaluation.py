@@ -20,7 +20,7 @@ from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, plain
 from icl_eval.evaluation import TIE
 from icl_eval.outcomes import ranked
 from icl_eval.questions import Questions
-from icl_eval.run import main, parse_shots
+from icl_eval.run import main, parse_numbers
 from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
 from tests.icl_eval.conftest import lively_flamingo
@@ -195,11 +195,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, saved, tmp_pa
 
 def test_shots_are_read_as_they_are_written():
     """A list of shots that is silently cut or sorted out."""
-    assert parse_shots("") is None
-    assert parse_shots("0,1, 8") == [0, 1, 8]
+    assert parse_numbers("--shots", "") is None
+    assert parse_numbers("--shots", "0,1, 8") == [0, 1, 8]
     for wrong in ("-1", "1;2", "1,,2", "1.5"):
         with pytest.raises(FlamingoError):
-            parse_shots(wrong)
+            parse_numbers("--shots", wrong)
 
 
 @pytest.fixture(scope="module")
