@@ -392,7 +392,7 @@ class TuneRecipe(Run):
     """how often all documents of all sources are read, where steps is 0"""
     init: InitRecipe = field(default_factory=InitRecipe)
     answer_token: bool = True
-    """add Otter's `<answer>` where the model lacks it"""
+    """add Otter's `<answer>` where the model lacks it; false: for shards that do not have it, unlike those of ours"""
     spaced: bool = False
     """whether the shards have a space after `User:` and before the answer; the saved chat template does as they do"""
     frames: int = 0

@@ -110,7 +110,7 @@ def make_ready(model: FlamingoForConditionalGeneration, processor: FlamingoProce
         lora.quantise(model, torch.bfloat16 if reduced else torch.float32)
     if recipe.train_language == "lora":
         lora.add_adapters(model, recipe.lora)
-    marked = ANSWER in processor.tokenizer.get_vocab() and recipe.answer_token
+    marked = ANSWER in processor.tokenizer.get_vocab()
     processor.chat_template = chat_template(answer_mark=marked, spaced=recipe.spaced)
 
 

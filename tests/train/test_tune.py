@@ -193,6 +193,9 @@ def test_the_chat_template_is_that_of_the_shards(folder: Path, tuned: Path) -> N
         question = [{"role": "user", "content": "q"}]
         assert processor.apply_chat_template(question, add_generation_prompt=True) == expected
         assert (ANSWER in processor.tokenizer.get_vocab()) == token
+    recipe = recipe_for(folder, Path(), init=InitRecipe(str(tuned / "model")), answer_token=False)
+    _, processor = Tuning(recipe).outline()
+    assert processor.apply_chat_template(question, add_generation_prompt=True) == "User:q GPT:<answer>", "known before"
 
 
 def test_steps_of_epochs_and_shares_of_documents(folder: Path, tmp_path: Path) -> None:
