@@ -144,10 +144,10 @@ def board(runs: Mapping[str, SavedResults]) -> Board:
         FlamingoError: no run has a cell without a control.
     """
     asked: dict[str, dict[str, dict[str, list[SavedCell]]]] = defaultdict(lambda: defaultdict(dict))
-    for label in sorted(runs):
-        for task in runs[label].tasks:
-            cells = [cell for cell in runs[label].cells.values() if cell.task == task and cell.control is None]
-            for edition, several in _editions(runs[label], task, cells).items():
+    for label, run in runs.items():
+        for task in run.tasks:
+            cells = [cell for cell in run.cells.values() if cell.task == task and cell.control is None]
+            for edition, several in _editions(run, task, cells).items():
                 asked[task][edition][label] = several
     if not asked:
         raise FlamingoError(f"board: {', '.join(runs)}: expected results without controls, found none")

@@ -159,6 +159,10 @@ def test_examples_are_half_wrong_and_of_all_tasks(results):
     assert [each.is_right for each in found if each.task == "which"] == [False, False, True, True]
     values = [each.value for each in found if each.task == "colours"]
     assert max(values[:2]) < min(values[2:])
+    graded = results.cell("colours", 2)
+    high = replace(graded, score=replace(graded.score, per_item=np.linspace(1, 3, len(COLOURS))))
+    above = examples(replace(results, tasks={"colours": CAPTIONS}, cells=[high]), 4)
+    assert [each.query_id for each in above] == ["test/0", "test/1", "test/4", "test/5"]
     few = examples(results, 2)
     assert [(each.task, each.query_id) for each in few] == [("colours", "test/1"), ("colours", "test/0")]
 
