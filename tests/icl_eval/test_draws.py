@@ -1,0 +1,157 @@
+"""Demonstrations of any data set: what may be drawn, and what draws depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flamingo import FlamingoError
+from icl_eval.datasets import Example
+from icl_eval.demonstrations import Draws, generator, orders, without_replacement
+from icl_eval.sources import Pool
+from icl_eval.tasks import Task
+from tests.icl_eval.made import Made
+
+BASE = Task("made", 1, "made", "test", "<image>{question}{answer}", (2,), support="train", mode="generate", file="f")
+
+
+class Backwards:
+    """Similarity by place, the last ones most similar."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+
+    def ranking(self, query: Example):
+        return iter(range(len(self.pool.support))[::-1])
+
+
+def pool_of(task: Task, train: list[Example], test: list[Example] = []) -> Pool:  # noqa: B006  never changed
+    return Pool(task, Made(train, test))
+
+
+def example(number: int, content: int | None = None, label: str = "a", **fields: str) -> Example:
+    media = () if content is None else (f"{content}-{number}",)
+    return Example(f"e{number}", media, answers=(f"answer {number}",), label=label, fields=fields)
+
+
+contents = st.lists(st.integers(0, 12), min_size=8, max_size=30)
+
+
+@given(contents, contents, st.sampled_from(["random", "fixed", "balanced", "rices"]), st.booleans(), st.integers(0, 9))
+@settings(max_examples=150, deadline=None)
+def test_no_demonstration_is_the_query_or_shows_its_picture(train, test, how, same, seed):
+    """The query among its own demonstrations: itself, or another example of the same content, under another name."""
+    support = [example(number, content, "abc"[number % 3]) for number, content in enumerate(train)]
+    queries = [example(100 + number, content) for number, content in enumerate(test)]
+    task = dataclasses.replace(BASE, demonstrations=how, split="train" if same else "test")
+    pool = pool_of(task, support, queries)
+    draws = Draws(task, pool, seed, 2, Backwards(pool))
+    for number in range(draws.count):
+        query = pool.queries[number]
+        usable = [each for each in pool.support if each.id != query.id and not pool.digests(each) & pool.digests(query)]
+        if len(usable) < 2:
+            with pytest.raises(FlamingoError, match=f"f: shots: query {query.id} needs 2 demonstrations"):
+                draws.episode(number)
+            continue
+        episode = draws.episode(number)
+        shown = [each.example for each in episode.ranking]
+        assert len({each.id for each in shown}) == len(shown) == 2
+        assert all(each in usable for each in shown)
+
+
+@pytest.mark.parametrize("how", ["random", "fixed", "balanced", "rices"])
+def test_fewer_shots_are_the_beginning_of_more(how):
+    """Draws that change with how many are needed, so that 2 shots are no part of 8."""
+    support = [example(number, number, "abcd"[number % 4]) for number in range(40)]
+    task = dataclasses.replace(BASE, demonstrations=how)
+    pool = pool_of(task, support, [example(100 + number, 100 + number) for number in range(6)])
+    few, many = (Draws(task, pool, 3, most, Backwards(pool)) for most in (2, 8))
+    for number in range(6):
+        assert few.episode(number).ranking == many.episode(number).ranking[:2]
+        longest = many.episode(number).prompt(8).shown
+        part = many.episode(number).prompt(2).shown
+        assert part == (longest[-2:] if how == "rices" else longest[:2])  # the most similar stand last
+
+
+def test_each_way_of_drawing_does_what_it_says():
+    """Fixed demonstrations that differ, random ones that are the same, unbalanced rounds, another order of classes."""
+    support = [example(number, number, "aaaaaabc"[number % 8]) for number in range(80)]
+    queries = [example(100 + number, 100 + number) for number in range(30)]
+
+    labels = {each.id: each.label for each in support}
+
+    def rankings(how: str, seed: int = 0) -> list[tuple[str, ...]]:
+        task = dataclasses.replace(BASE, demonstrations=how)
+        draws = Draws(task, pool_of(task, support, queries), seed, 6)
+        return [tuple(each.example.id for each in draws.episode(number).ranking) for number in range(30)]
+
+    assert len(set(rankings("random"))) == 30 and len(set(rankings("fixed"))) == 1
+    assert rankings("fixed") != rankings("fixed", seed=1) and rankings("random") != rankings("random", seed=1)
+    balanced = rankings("balanced")
+    assert all(Counter(map(labels.get, ranking)) == {"a": 2, "b": 2, "c": 2} for ranking in balanced)
+    assert len({tuple(map(labels.get, ranking[:3])) for ranking in balanced}) == 6
+
+
+def test_a_fixed_row_skips_the_query_alone():
+    """All queries losing a demonstration because one of them is the query, or the query shown to itself."""
+    task = dataclasses.replace(BASE, demonstrations="fixed", split="train")
+    pool = pool_of(task, [example(number, number) for number in range(5)])
+    rows = [[each.example.id for each in Draws(task, pool, 0, 4).episode(number).ranking] for number in range(5)]
+    for number, other in itertools.permutations(range(5), 2):
+        assert f"e{number}" not in rows[number] and len(rows[number]) == 4
+        both = [each for each in rows[number] if each in rows[other]]
+        assert both == [each for each in rows[other] if each in rows[number]]
+
+
+def test_within_a_field():
+    """Demonstrations of another episode or operator."""
+    support = [example(number, number, operator="+-"[number % 2]) for number in range(20)]
+    task = dataclasses.replace(BASE, within="operator")
+    pool = pool_of(task, support, [example(100, 100, operator="-"), example(101, 101, other="-")])
+    draws = Draws(task, pool, 0, 5)
+    assert {each.example.fields["operator"] for each in draws.episode(0).ranking} == {"-"}
+    with pytest.raises(FlamingoError, match="f: within: 'operator', example 'e101' of made has other"):
+        draws.episode(1)
+
+
+def test_lazy_draws_are_uniform_and_cost_no_more_than_what_is_drawn():
+    """A shuffle that is biased, that repeats, or that touches a whole support of 10⁶ for two demonstrations."""
+    pairs = Counter(tuple(itertools.islice(without_replacement(generator(n), 4), 2)) for n in range(6000))
+    assert len(pairs) == 12 and max(pairs.values()) < 600 and min(pairs.values()) > 400
+    assert sorted(without_replacement(generator("whole"), 50)) == list(range(50))
+    rng = generator("few")
+    list(itertools.islice(without_replacement(rng, 10**12), 3))  # a list of 10¹² would not fit
+
+
+def test_orders_are_different_and_nested():
+    """An order that is averaged twice, or five orders that are not the first five of six."""
+    task = dataclasses.replace(BASE, shots=(3,))
+    episode = Draws(task, pool_of(task, [example(n, n) for n in range(9)], [example(100, 100)]), 0, 3).episode(0)
+    six = orders(episode, 3, 0, 6)
+    assert len(set(six)) == 6 and six[0] == (0, 1, 2) and orders(episode, 3, 0, 4) == six[:4]
+    assert orders(episode, 1, 0, 6) == [(0,)] and orders(episode, 0, 0, 6) == [()] and len(orders(episode, 2, 0, 6)) == 2
+
+
+def test_queries_of_a_part_are_the_first_of_more():
+    """A smaller evaluation that asks other queries than the larger one."""
+    queries = [example(100 + number, None) for number in range(50)]
+
+    def chosen(count: int) -> list[str]:
+        task = dataclasses.replace(BASE, queries=count)
+        draws = Draws(task, pool_of(task, [example(n, n) for n in range(4)], queries), 0, 1)
+        return [draws.episode(number).query_id for number in range(draws.count)]
+
+    assert chosen(5) == chosen(20)[:5] and len(set(chosen(20))) == 20
+    assert chosen(0) == chosen(99) == [each.id for each in queries]
+
+
+def test_an_answer_that_is_missing_is_named():
+    """A demonstration whose answer is "None"."""
+    pool = pool_of(BASE, [Example(f"e{n}", ()) for n in range(4)], [example(100)])
+    with pytest.raises(FlamingoError, match=r"f: support: example 'e\d' of made has no answer to be shown with"):
+        Draws(BASE, pool, 0, 2).episode(0)
