@@ -36,7 +36,7 @@ from transformers import (
 
 from flamingo import FlamingoConfig
 from flamingo.backbones import assemble
-from flamingo.processing import IGNORED
+from flamingo.processing import IGNORED, FlamingoProcessor
 from flamingo.products import fast_products
 from icl_eval.peers.open_flamingo import build
 
@@ -168,24 +168,37 @@ def backbones(shape: Shape) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def ours(place: Place) -> PreTrainedModel:
     """Flamingo over the backbones, which are kept in `place.dtype`; what trains is float32."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(place.shape.words)}, unk_token="w3"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w2", eos_token="w2", pad_token="w1")
+    return ours_with(place, tokenizer)[0]
+
+
+def ours_with(place: Place, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, FlamingoProcessor]:
+    """As `ours`, with a processor; the tokenizer knows `place.shape.words` tokens."""
     shape = place.shape
     tower, lm = backbones(shape)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.words)}, unk_token="w3"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w2", eos_token="w2", pad_token="w1")
-    model, _ = assemble(
-        tower.to(place.dtype), lm.to(place.dtype), CLIPImageProcessorPil(), tokenizer, open_flamingo_compatible=True
+    size = {"height": shape.image, "width": shape.image}
+    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    model, processor = assemble(
+        tower.to(place.dtype), lm.to(place.dtype), images, tokenizer, open_flamingo_compatible=True
     )
     _draw([model.resampler, *model.cross_attention])
     with torch.no_grad():
         model.new_input_rows.copy_(_new_rows(shape))
-    return model.to(place.device)
+    return model.to(place.device), processor
 
 
 def open_flamingo(place: Place) -> nn.Module:
     """open_flamingo's `Flamingo` over the backbones, put together and frozen as its own factory does."""
+    return open_flamingo_over(place, *backbones(place.shape))
+
+
+def open_flamingo_over(place: Place, tower: PreTrainedModel, lm: PreTrainedModel) -> nn.Module:
+    """As `open_flamingo`, over backbones of that shape."""
     shape = place.shape
     model = build(
-        *backbones(shape),
+        tower,
+        lm,
         tokens=shape.image_token + 1,
         end_of_chunk_token_id=shape.end_of_chunk,
         image_token_id=shape.image_token,

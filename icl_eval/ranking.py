@@ -38,14 +38,16 @@ class Trie:
         self.children: list[list[int]] = [[]]
         self.lengths = np.array([len(answer) for answer in answers], dtype=np.int64)
         self.ends = np.zeros(len(answers), dtype=np.int64)
-        path, before = [0], ()  # nodes and tokens of the answer before: in order, an answer shares most with that one
+        path = [0]  # nodes of the answer before: in order, an answer shares most with that one
         for place in sorted(range(len(answers)), key=lambda place: answers[place]):
             answer = answers[place]
-            shared = next((i for i, pair in enumerate(zip(before, answer, strict=False)) if pair[0] != pair[1]), None)
-            del path[(min(len(before), len(answer)) if shared is None else shared) + 1 :]
-            for token in answer[len(path) - 1 :]:
+            shared = 0
+            while shared < min(len(answer), len(path) - 1) and self.tokens[path[shared + 1]] == answer[shared]:
+                shared += 1
+            del path[shared + 1 :]
+            for token in answer[shared:]:
                 path.append(self._add(path[-1], token))
-            self.ends[place], before = path[-1], answer
+            self.ends[place] = path[-1]
 
     def _add(self, parent: int, token: int) -> int:
         node = len(self.tokens)

@@ -93,7 +93,7 @@ def build(
     """
     lm_module, factory = part("flamingo_lm"), part("factory")
 
-    class Mixin(lm_module.FlamingoLMMixin):  # type: ignore[name-defined, misc]
+    class Mixin(lm_module.FlamingoLMMixin):  # type: ignore[name-defined]
         # Newer versions of `generate` drop an all-ones mask, which the original requires.
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
             return super().forward(input_ids, attention_mask, **kwargs)

@@ -1,0 +1,289 @@
+"""How fast is a few-shot evaluation, beside open_flamingo's model driven as its own evaluation drives it?
+
+    python benchmarks/evaluation.py [--quick] [--json FILE]
+
+Both rank the same candidates after the same prompts, with equal weights (OPT-125M, ViT-B/32), in turn, each in a
+process of its own; first their scores must be equal. open_flamingo (`icl_eval.peers.open_flamingo`) encodes all images
+of each query, reads its prompt in one pass and each candidate in one more over the cached prompt, for a batch of 8
+queries at once. All prompts of a case have one length, so that it pads nothing. Costs are seconds a query, all that a
+run begins with included (ours encodes each image once a run).
+
+- demonstrations of each query's own, drawn from as many pictures as there are queries, and shared ones; ten candidates;
+- the 1000 class names of ImageNet, after 2 shared demonstrations: all scores, and the exact five best. For this the
+  upper LM is tuned here to say class names (of these alone, whatever the picture), since with random weights every
+  token is as likely as another and nothing can be left out: both shares of label tokens are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from _models import Place, Shape, Worker, backbones, open_flamingo_over, ours_with
+from _record import publish
+from PIL import Image as PilImage
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from flamingo import Document, Image, Text
+from icl_eval.engine import Chunk, Engine, Ladder, Query
+from icl_eval.peers.open_flamingo import OpenFlamingo
+from icl_eval.ranking import best_only
+
+MERGED = 2000
+"""tokens that are trained: so many that class names have about as many as by GPT-2's tokenizer"""
+CANDIDATES = 10
+PEER_BATCH = 8
+"""open_flamingo's default"""
+LIKELY = -3.0
+"""nats: mean log-likelihood of label tokens from which on labels count as peaked"""
+EQUAL = 2e-3
+"""nats, of sums of up to a dozen tokens, in float32"""
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """ImageNet's, as open_flamingo asks for them."""
+    spec = find_spec("open_flamingo")
+    if spec is None or spec.submodule_search_locations is None:
+        raise SystemExit("open_flamingo is not installed; make install")
+    file = Path(spec.submodule_search_locations[0]) / "eval" / "classification_utils.py"
+    return tuple(runpy.run_path(str(file))["IMAGENET_CLASSNAMES"])
+
+
+def tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of class names, filled up to the tokens of the LM."""
+    bpe = ByteLevelBPETokenizer()
+    texts = [f"Output:{name}" for name in class_names()]
+    bpe.train_from_iterator(texts, vocab_size=min(MERGED, shape.words), min_frequency=1, show_progress=False)
+    bpe.add_tokens([f"<unused{n}>" for n in range(shape.words - bpe.get_vocab_size())])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="!", eos_token="!", pad_token='"')
+
+
+class Pictures:
+    """JPEGs of coarse noise (`icl_eval.engine.Library`)."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.drawn: dict[int, Image] = {}
+
+    def name(self, index: int) -> str:
+        """Of a picture: its number."""
+        return str(index)
+
+    def media(self, indices: Sequence[int]) -> list[Image]:
+        """Pictures, each drawn once."""
+        for index in indices:
+            if index not in self.drawn:
+                coarse = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                PilImage.fromarray(coarse).resize((self.size, self.size)).save(buffer, "JPEG")
+                self.drawn[index] = Image(buffer.getvalue(), f"{index}.jpg")
+        return [self.drawn[index] for index in indices]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is ranked: `queries`, each after `shots` demonstrations, with the first `candidates` class names."""
+
+    queries: int
+    shots: int
+    shared: bool
+    candidates: int
+    top_k: int | None = None
+
+    def ladders(self, words: PreTrainedTokenizerFast) -> list[Ladder]:
+        """Prompts of one length."""
+        names = class_names()
+        shown = [name for name in names if len(words.tokenize(name)) == 3]
+        made = []
+        for number in range(self.queries):
+            rng = np.random.default_rng(0 if self.shared else number)
+            pool = self.shots if self.shared else max(self.shots, self.queries)
+            demonstrations = tuple(
+                Chunk((int(image), f"Output:{shown[image % len(shown)]}"))
+                for image in rng.choice(pool, self.shots, replace=False)
+            )
+            query = Query(self.shots, Chunk((10_000 + number, "Output:")), names[: self.candidates])
+            made.append(Ladder(demonstrations, (query,), str(number)))
+        return made
+
+
+class Side:
+    """Ours or open_flamingo, in evaluation."""
+
+    def __init__(self, name: str, place: Place):
+        self.name, self.place = name, place
+        self.words = tokenizer(place.shape)
+        self.ours, self.processor = ours_with(place, self.words)
+        self.ours.eval()
+        self.peer: Any = None
+        if name == "open_flamingo":
+            self.peer = open_flamingo_over(place, *backbones(place.shape)).eval()
+            del self.ours
+        self.pictures = Pictures(place.shape.image)
+
+    def rank(self, case: Case) -> tuple[float, np.ndarray, float]:
+        """Seconds a query, scores (queries, candidates), and the share of label tokens that was computed."""
+        ladders, scores, share = case.ladders(self.words), [], 1.0
+        self.pictures.media([index for ladder in ladders for index in ladder.media])
+
+        def work() -> None:
+            nonlocal share
+            if self.peer is not None:
+                peer = OpenFlamingo(self.peer, self.processor, batch_size=PEER_BATCH)
+                scores.extend(peer.rank(self.pictures, ladders, top_k=case.top_k))
+                return
+            engine = Engine(self.ours, self.processor)
+            scores.extend(engine.rank(self.pictures, ladders, top_k=case.top_k))
+            share = engine.label_tokens_read / engine.label_tokens
+
+        seconds = self.place.seconds(work)
+        return seconds / case.queries, np.array([row for (row,) in scores]), share
+
+    def tokens_a_name(self) -> float:
+        """Of the class names, `<|endofchunk|>` included."""
+        return float(np.mean([len(self.words.tokenize(name)) + 1 for name in class_names()]))
+
+    def tune(self, file: str, count: int, steps: int, goal: float) -> tuple[float, int]:
+        """Tune the LM's two last layers and its embedding, which is its head too, to say the first `count` class names.
+
+        Returns:
+            Mean log-likelihood of label tokens in the last `count` names, and the number of steps.
+        """
+        model, lm = self.ours, self.ours.language_model
+        model.requires_grad_(False)
+        decoder = lm.model.decoder
+        trained = [lm.get_input_embeddings().weight, model.new_input_rows, *decoder.final_layer_norm.parameters()]
+        trained += [parameter for layer in decoder.layers[-2:] for parameter in layer.parameters()]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
+        names, rng, batch = class_names()[:count], np.random.default_rng(0), 25
+        with torch.no_grad():
+            latents = model.encode_media(self.processor.pixels(self.pictures.media([0])))
+        recent: list[float] = []
+        step = 0
+        while step < steps and (len(recent) < len(names) // batch or np.mean(recent) < goal):
+            chosen = [names[n] for n in rng.choice(len(names), batch, replace=False)]
+            parts = [
+                Document((self.pictures.media([0])[0], Text("Output:", supervised=False), Text(name)))
+                for name in chosen
+            ]
+            encoded = self.processor.collate([self.processor.encode(part) for part in parts], pixels=None)
+            inputs = {key: encoded[key] for key in ("input_ids", "attention_mask", "labels")}
+            loss = model(**inputs, media_latents=latents.expand(batch, -1, -1)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recent = [*recent, -float(loss.detach())][-(len(names) // batch) :]
+            step += 1
+        model.requires_grad_(False)
+        torch.save({"lm": lm.state_dict(), "rows": model.new_input_rows.detach()}, file)
+        return float(np.mean(recent)), step
+
+    def load(self, file: str) -> None:
+        """Take the weights of `tune`."""
+        tuned = torch.load(file)
+        tower, lm = backbones(self.place.shape)
+        lm.load_state_dict(tuned["lm"])
+        self.peer = open_flamingo_over(self.place, tower, lm).eval()
+        with torch.no_grad():
+            self.peer.lang_encoder.get_input_embeddings().weight[self.place.shape.end_of_chunk :] = tuned["rows"]
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest, where both are known; a case that asks for the best alone leaves the others out."""
+    known = np.isfinite(found) & np.isfinite(expected)
+    if not known.any() or (np.isfinite(found) != np.isfinite(expected)).any():
+        raise SystemExit("the sides do not find the same best candidates")
+    worst = float(np.abs(found[known] - expected[known]).max())
+    if worst > EQUAL:
+        raise SystemExit(f"the sides do not do the same: scores differ by {worst} nats")
+    return worst
+
+
+def main() -> None:
+    """Run, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    Place.add_options(parser)
+    parser.add_argument("--rounds", type=int, help="of each side and case (default 3; --quick: 1)")
+    options = parser.parse_args()
+    place, quick = Place.of(options), options.quick
+    sides = {name: Worker(Side, name=name, place=place) for name in ("ours", "open_flamingo")}
+    figures: dict[str, float | str] = {}
+    demonstrations(sides, figures, quick, options.rounds or (1 if quick else 3))
+    ranking(sides, figures, quick)
+    for side in sides.values():
+        side.close()
+    publish(figures, options.json)
+
+
+def demonstrations(sides: dict[str, Worker], figures: dict[str, float | str], quick: bool, rounds: int) -> None:
+    """Few candidates after demonstrations."""
+    few, many = (2, 4) if quick else (PEER_BATCH, 4 * PEER_BATCH)
+    for shared in (False, True):
+        for shots in (0, 2, 4) if quick else (0, 8, 32):
+            if shared and not shots:
+                continue
+            title = f"{'shared' if shared else 'own'} demonstrations, {shots} shots"
+            # open_flamingo has nothing to share between queries: what one costs does not depend on how many there are.
+            cases = {
+                "ours": Case(4 * many if shared else many, shots, shared, CANDIDATES),
+                "open_flamingo": Case(few, shots, shared, CANDIDATES),
+            }
+            runs: dict[str, list[Any]] = {name: [] for name in sides}
+            for _ in range(1 if shots > 8 else rounds):
+                for name, side in sides.items():
+                    runs[name].append(side("rank", cases[name]))
+            equal = {name: side("rank", Case(2, shots, shared, CANDIDATES))[1] for name, side in sides.items()}
+            figures[f"{title}: largest difference of scores"] = difference(*equal.values())
+            seconds = {name: median(run[0] for run in each) for name, each in runs.items()}
+            for name in sides:
+                figures[f"{title}: seconds a query {name}"] = seconds[name]
+            measure = f"evaluation_{'shared' if shared else 'own'}_{shots}_shots"
+            figures[f"ratio {measure} vs open_flamingo"] = seconds["open_flamingo"] / seconds["ours"]
+
+
+def ranking(sides: dict[str, Worker], figures: dict[str, float | str], quick: bool) -> None:
+    """All class names, with random weights and with a tuned LM."""
+    ours, peer = sides.values()
+    names = 100 if quick else len(class_names())
+    queries = 2 if quick else PEER_BATCH
+    figures["label tokens a class name"] = ours("tokens_a_name")
+    random = ours("rank", Case(1, 2, True, names, 5))
+    figures["share of label tokens computed, best 5, random weights"] = random[2]
+    with TemporaryDirectory() as folder:
+        file = str(Path(folder) / "tuned.pt")
+        likely, steps = ours("tune", file, names, 300, LIKELY + 1)
+        peer("load", file)
+    if likely < LIKELY:
+        raise SystemExit(f"labels are not peaked after {steps} steps: {likely:.2f} nats a token")
+    figures["tuned: mean log-likelihood of a label token"] = likely
+    figures["tuned: steps"] = str(steps)
+    theirs = peer("rank", Case(queries, 2, True, names))
+    figures[f"{names} class names: seconds a query open_flamingo"] = theirs[0]
+    for title, top_k, several in ((f"all {names} scores", None, 1), ("exact best 5", 5, 1 if quick else 4)):
+        runs = [ours("rank", Case(queries * several, 2, True, names, top_k)) for _ in range(1 if quick else 3)]
+        expected = theirs[1]
+        if top_k is not None:
+            expected = np.array([best_only(row, top_k) for row in expected])
+        figures[f"{title}: largest difference of scores"] = difference(runs[0][1][:queries], expected)
+        figures[f"{title}: share of label tokens computed"] = runs[0][2]
+        seconds = figures[f"{title}: seconds a query ours"] = median(run[0] for run in runs)
+        figures[f"ratio ranking_{'all' if top_k is None else 'best_5'} vs open_flamingo"] = theirs[0] / seconds
+
+
+if __name__ == "__main__":
+    main()
