@@ -12,9 +12,9 @@ from itertools import groupby
 from typing import Any
 
 from flamingo.errors import FlamingoError, command_line
+from icl_eval.weights_and_biases import has_key
 from train.metrics import AXES, PLOTS, Plot, check_plots, regular_expression
 from train.recipe import TrackingRecipe, from_command_line
-from train.tracking import has_key
 
 
 @dataclass

@@ -7,7 +7,6 @@ not for gradients or activations: the passes then exchange nothing, so processes
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from PIL import Image as PilImage
 from torch import nn
 
 from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo.document import Document, Image
+from flamingo.document import Document
 from flamingo.processing import END_OF_CHUNK
 from icl_eval.demonstrations import Episode
 from icl_eval.evaluation import evaluate
+from icl_eval.examples import in_a_row
 from icl_eval.prompts import prompt_document
 from icl_eval.questions import Questions, cell_keys
 from icl_eval.sources import load_pool
@@ -32,8 +32,6 @@ from train.parallel import Processes, gathered
 from train.recipe import Run
 from train.tracking import Generation, Tracker
 
-SIDE = 160
-"""Pixels of the longer side of a picture in the table of generations, at most."""
 SPARE_TOKENS = 4
 """How much longer than the longest label an answer may become."""
 
@@ -99,9 +97,9 @@ class Evaluations:
                 task=task.name,
                 shots=shots,
                 query=each.episode.query_id,
-                demonstrations=in_a_row(each.shown),
+                demonstrations=in_a_row([image.data for image in each.shown]),
                 prompt=self.processor.encode(each.document).text,
-                picture=in_a_row(each.pictures) or PilImage.new("RGB", (1, 1), "white"),
+                picture=in_a_row([image.data for image in each.pictures]) or PilImage.new("RGB", (1, 1), "white"),
                 answer=each.right[0] if each.right else "",
                 generated=answer,
                 right=answer in each.right,
@@ -146,28 +144,6 @@ def generate(
     new = ids[:, batch["input_ids"].shape[1] :]
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.partition(END_OF_CHUNK)[0].strip() for text in texts]
-
-
-def small(image: Image) -> PilImage.Image:
-    """The picture, its longer side at most `SIDE` pixels."""
-    picture = PilImage.open(io.BytesIO(image.data)).convert("RGB")
-    picture.thumbnail((SIDE, SIDE))
-    return picture
-
-
-def in_a_row(images: tuple[Image, ...]) -> PilImage.Image | None:
-    """Pictures side by side on white; None for none."""
-    if not images:
-        return None
-    pictures = [small(image) for image in images]
-    gap = 2
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    row = PilImage.new("RGB", (width, max(picture.height for picture in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        row.paste(picture, (left, 0))
-        left += picture.width + gap
-    return row
 
 
 @contextmanager

@@ -12,25 +12,22 @@ import io
 import json
 import logging
 import math
-import netrc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch.distributed as dist
 from PIL.Image import Image
 
 from flamingo.files import whole, write_text
+from icl_eval.weights_and_biases import Mode, resolved, staged_in
 from train.metrics import AXES, METRICS
 
 logger = logging.getLogger(__name__)
-
-Mode = Literal["auto", "offline", "online", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
 GENERATIONS_FILE = "generations.jsonl"
@@ -84,10 +81,8 @@ class Tracker:
             `train.curves` joins them by step, `wandb sync --append` sends them.
         project: W&B project.
         name: name of the run in W&B.
-        mode: `online`, `offline` (files only, sent later by `wandb sync`) or `disabled` (no W&B). `auto` follows
-            `WANDB_MODE` where it is set, and else is online where a key is found (`WANDB_API_KEY`,
-            `WANDB_IDENTITY_TOKEN_FILE`, or a login in netrc) and offline without one. Where the server does not answer,
-            an online run is kept offline.
+        mode: `online`, `offline` (files only, sent later by `wandb sync`) or `disabled` (no W&B). `auto`: see
+            `icl_eval.weights_and_biases.resolved`. Where the server does not answer, an online run is kept offline.
         config: the recipe, kept with the run in W&B.
         resume_id: the `run_id` of the run that this one continues. Online, W&B appends to that run.
         start_step: the step that the run continues from. Rows of later steps, written before an interruption, are
@@ -118,9 +113,9 @@ class Tracker:
             drop_rows_after(out / GENERATIONS_FILE, start_step)
             drop_rows_after(path, start_step)
             self._file = path.open("a", encoding="utf-8", buffering=1)
-        resolved = _resolve(mode)
-        if resolved != "disabled":
-            self._start(out, resolved, project=project, name=name, config=dict(config or {}), id=resume_id)
+        chosen = resolved(mode)
+        if chosen != "disabled":
+            self._start(out, chosen, project=project, name=name, config=dict(config or {}), id=resume_id)
 
     def log(self, step: int, metrics: Mapping[str, float], generations: Sequence[Generation] = ()) -> None:
         """Record a row. Several rows may share a step: `read_curves` joins them.
@@ -144,7 +139,7 @@ class Tracker:
                 with _tolerated(f"generations of step {step} are not in {self._out / GENERATIONS_FILE}"):
                     _write_generations(self._out, step, generations)
         # The step is a column and not W&B's own counter, which refuses to go back where a resumed run starts again.
-        with _staged_in(self._out / "wandb"):
+        with staged_in(self._out / "wandb"):
             self._guarded(
                 lambda run: run.log({**metrics, "step": step, **_histograms(metrics), **_table(generations)}),
                 "W&B stopped recording; metrics.jsonl goes on",
@@ -210,20 +205,6 @@ def _tolerated(otherwise: str) -> Iterator[None]:
         yield
     except OSError as error:
         logger.warning("%s: %s", otherwise, error)
-
-
-@contextlib.contextmanager
-def _staged_in(folder: Path) -> Iterator[None]:
-    """Let W&B keep the pictures of a table in the run's folder until they are sent, and not in the user's home."""
-    name = "WANDB_DATA_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def _histograms(metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -312,33 +293,6 @@ def _is_rank_0() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _resolve(mode: Mode) -> Literal["offline", "online", "disabled"]:
-    """What `auto` means here."""
-    if mode != "auto":
-        return mode
-    match os.environ.get("WANDB_MODE", "").lower():
-        case "online" | "shared":
-            return "online"
-        case "offline" | "dryrun":
-            return "offline"
-        case "disabled":
-            return "disabled"
-    return "online" if has_key() else "offline"
-
-
-def has_key() -> bool:
-    """Whether W&B would find credentials without asking, looked up where W&B itself looks."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    try:
-        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-        login = netrc.netrc(path).authenticators(host)
-    except (OSError, RuntimeError, netrc.NetrcParseError):
-        return False
-    return login is not None and bool(login[2])
 
 
 def _finite(value: float) -> float | None:

@@ -19,6 +19,7 @@ from torch import nn
 from flamingo import FlamingoError
 from flamingo.document import Image
 from icl_eval.evaluation import evaluate
+from icl_eval.examples import in_a_row, small
 from icl_eval.prompts import prompt_document
 from icl_eval.questions import Questions
 from icl_eval.run import load
@@ -26,7 +27,7 @@ from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
 from tests.tiny import picture, tiny_flamingo
 from tests.train.runs import forked, recipe_of
-from train.evaluations import Evaluations, generate, in_a_row, small, undisturbed
+from train.evaluations import Evaluations, generate, undisturbed
 from train.parallel import Processes
 from train.pretrain import pretrain
 from train.recipe import EvaluationRecipe, ParallelRecipe
@@ -90,11 +91,11 @@ def test_generations_are_written_with_their_pictures(evaluated: Path) -> None:
         prompt = questions.draws.episode(number).prompt(2)
         (query,) = questions.pool.media(questions.pool.indices(prompt.query))
         assert isinstance(query, Image)
-        assert PilImage.open(evaluated / row["picture"]).tobytes() == small(query).tobytes()
+        assert PilImage.open(evaluated / row["picture"]).tobytes() == small(query.data).tobytes()
         assert row["prompt"].count("<image>") == 5 and row["prompt"].endswith("<image>")
         assert row["answer"] in prompt.candidates and row["right"] == (row["generated"] == row["answer"])
         width = PilImage.open(evaluated / row["demonstrations"]).width
-        assert width > 4 * small(query).width
+        assert width > 4 * small(query.data).width
     assert rows[0]["picture"] == rows[2]["picture"]
     assert len(list((evaluated / "generations").iterdir())) == 4
 
@@ -201,12 +202,12 @@ def test_two_processes_find_what_one_finds(folder: Path, evaluated: Path, tmp_pa
 
 def test_pictures_of_any_kind_fit_the_table() -> None:
     """A large photograph or a grey picture with transparency that breaks the table, or fills the disk."""
-    assert max(small(picture(0, 500)).size) == 160
+    assert max(small(picture(0, 500).data).size) == 160
     buffer = io.BytesIO()
     PilImage.new("LA", (30, 10)).save(buffer, "PNG")
-    row = in_a_row((Image(buffer.getvalue()), picture(1, 20)))
+    row = in_a_row([buffer.getvalue(), picture(1, 20).data])
     assert row is not None and row.size == (30 + 2 + 20, 20) and row.mode == "RGB"
-    assert in_a_row(()) is None
+    assert in_a_row([]) is None
 
 
 def test_only_when_asked_for(folder: Path, tmp_path: Path) -> None:
