@@ -340,9 +340,12 @@ def _change(first: float, value: float, interval: tuple[float, float] | None) ->
 
 
 def right_alone(first: Prepared, other: Prepared) -> tuple[int, int] | None:
-    """How many queries either of two runs alone gets right; None where queries are not right or wrong."""
+    """How many queries either of two runs alone gets right; None where queries are not right or wrong.
+
+    Where all values are 0 they may be captions', and neither test finds a difference.
+    """
     one, two = first.per_item, other.per_item
-    if one is None or two is None or not np.isin([one, two], (0.0, 1.0)).all():
+    if one is None or two is None or not np.isin([one, two], (0.0, 1.0)).all() or not np.any([one, two]):
         return None
     return int((one > two).sum()), int((two > one).sum())
 

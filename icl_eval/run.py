@@ -332,8 +332,8 @@ def _report(options: Options, results: Results, out: Path) -> None:
     page = write_report(out / REPORT, results=results)
     for path in (out / RESULTS, page):
         console.print(str(path), soft_wrap=True)
-    if options.wandb:
-        record(results, out, project=options.wandb_project)
+    if options.wandb and (run := record(results, out, project=options.wandb_project)):
+        console.print(f"W&B run {run} of {options.wandb_project}, with files in {out / 'wandb'}", soft_wrap=True)
 
 
 def _device(name: str) -> str:

@@ -250,8 +250,8 @@ def parse(name: str, words: Sequence[str], kind: type[Options]) -> tuple[dict[st
     """The runs and the options of a command over result folders, each given as `FOLDER` or `LABEL=FOLDER`.
 
     Returns:
-        The results by label, in the order given; folders without one are called by as much of the end of their paths
-        as tells them apart.
+        The results by label, in the order given; folders without one are called by as little of their paths as tells
+        them apart: `a/eval` and `b/eval` are `a` and `b`.
 
     Raises:
         FlamingoError: an argument that is unknown, missing or malformed; a folder twice; no results in one.
@@ -284,7 +284,7 @@ def labelled(runs: Sequence[str]) -> dict[str, Path]:
     for place in places:
         if places.count(place) > 1:
             raise FlamingoError(f"{place}: given twice, expected different folders")
-    labels = [label or _tail(place, places) for (label, _), place in zip(pairs, places, strict=True)]
+    labels = [label or short for (label, _), short in zip(pairs, _short(places), strict=True)]
     for label in labels:
         if labels.count(label) > 1:
             raise FlamingoError(f"label {label!r}: given twice, expected different labels")
@@ -298,9 +298,15 @@ def _labelled(run: str) -> tuple[str, Path]:
     return label, Path(folder)
 
 
-def _tail(place: Path, places: Sequence[Path]) -> str:
-    """The fewest last parts of a path that no other has."""
-    parts = place.parts
-    others = [other.parts for other in places if other != place]
-    lengths = range(1, len(parts) + 1)
-    return "/".join(next(parts[-n:] for n in lengths if all(other[-n:] != parts[-n:] for other in others)))
+def _short(places: Sequence[Path]) -> list[str]:
+    """Of each of several paths the fewest last parts that no other has, without those that all end in."""
+    rows = [place.parts for place in places]
+    while len(rows) > 1 and len({row[-1] for row in rows}) == 1 and all(len(row) > 2 for row in rows):
+        rows = [row[:-1] for row in rows]
+
+    def tail(row: tuple[str, ...]) -> str:
+        others = [other for other in rows if other is not row]
+        lengths = range(1, len(row) + 1)
+        return "/".join(next(row[-n:] for n in lengths if all(other[-n:] != row[-n:] for other in others)))
+
+    return [tail(row) for row in rows]

@@ -92,11 +92,12 @@ def test_queries_about_one_picture_are_no_independent_evidence(tmp_path):
 
 def test_equal_runs_do_not_differ(tmp_path):
     """p below 1, or not defined, where two runs answer alike."""
-    texts = lines_of(["a cat", "a dog"], [["a cat"], ["two dogs"]])
+    texts = lines_of(["x", "y"], [["a cat"], ["two dogs"]])
     for metric, lines in (("accuracy", lines_of([0, 1], [0, 0])), ("cider", texts)):
         (row,) = compare(runs(tmp_path / metric, lines, lines, metric=metric)).rows
         assert row.p == row.p_holm == 1.0
         assert row.headline[1].interval == (0.0, 0.0)
+        assert row.test == (MCNEMAR if metric == "accuracy" else BOOTSTRAP), "captions are not right or wrong"
     assert bootstrap_p(np.array([np.nan, 0.1, 0.2])) == pytest.approx(2 / 3), "undefined draws do not count"
 
 

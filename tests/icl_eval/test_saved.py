@@ -133,8 +133,10 @@ def test_the_schema_uses_only_what_is_checked():
 def test_runs_are_called_by_what_tells_them_apart(tmp_path):
     """Two runs under one name in a table, or paths so long that the table is all names."""
     one, two = str(tmp_path / "small" / "eval"), str(tmp_path / "large" / "eval")
-    assert list(labelled([one, two])) == ["small/eval", "large/eval"]
-    assert list(labelled([one, f"mine={two}"])) == ["small/eval", "mine"]
+    assert list(labelled([one, two])) == ["small", "large"]
+    assert list(labelled([one, two, str(tmp_path / "small")])) == ["small/eval", "large/eval", "small"]
+    assert list(labelled([one, f"mine={two}"])) == ["small", "mine"]
+    assert list(labelled([one])) == ["eval"]
     with pytest.raises(FlamingoError, match="given twice, expected different folders"):
         labelled([one, f"again={one}/"])
     with pytest.raises(FlamingoError, match="label 'x': given twice"):
