@@ -128,7 +128,7 @@ def _outcome(questions: Questions, episode: Episode, prompt: Prompt, prediction:
         prediction=prediction,
         target=_target(questions.task, episode),
         right=right if right is not None else next(iter(episode.query.answers), episode.query.label),
-        group=None if questions.task.ways else "|".join(episode.query.media),
+        group=None if questions.task.ways else "|".join(episode.query.media) or episode.query_id,
         **answer,
     )
 

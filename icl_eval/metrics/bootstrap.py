@@ -21,13 +21,14 @@ Figures = Callable[[np.ndarray], np.ndarray]
 """Weights (R, Q) → (R, K): the figures under each row of weights; NaN where one is undefined."""
 
 
-def draws(units: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+def draws(units: int, *, resamples: int = RESAMPLES, seed: int = 0, width: int = 0) -> Iterator[np.ndarray]:
     """How often each of `units` is drawn in each resample: rows (r, units) float64, `resamples` of them in all.
 
-    The rows depend on (units, seed) alone, not on how they are cut into blocks.
+    So few at a time that as many rows of `width` numbers are held easily too. The rows depend on (units, seed) alone,
+    not on how they are cut into blocks.
     """
     rng = np.random.default_rng(seed)
-    block = max(1, _CELLS // units)
+    block = max(1, _CELLS // max(units, width))
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
         drawn = rng.integers(units, size=(rows, units)) + units * np.arange(rows)[:, None]
@@ -81,7 +82,9 @@ def resampled(
         rows = [figures(weights) for weights in draws(queries, resamples=resamples, seed=seed)]
     else:
         member = np.unique(_labels(groups, queries), return_inverse=True)[1]
-        rows = [figures(weights[:, member]) for weights in draws(int(member.max()) + 1, resamples=resamples, seed=seed)]
+        units = int(member.max()) + 1
+        blocks = draws(units, resamples=resamples, seed=seed, width=queries)
+        rows = [figures(weights[:, member]) for weights in blocks]
     return np.concatenate(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from tests.tiny import picture
 class Made:
     """A data set of given examples; a medium "7-b" shows the content 7."""
 
-    files: dict[str, str] = {}
+    files: ClassVar[dict[str, str]] = {}
     splits = ("train", "test")
 
     def __init__(self, train: Sequence[Example], test: Sequence[Example] = (), candidates: tuple[str, ...] = ()):

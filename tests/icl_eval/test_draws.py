@@ -134,7 +134,8 @@ def test_orders_are_different_and_nested():
     episode = Draws(task, pool_of(task, [example(n, n) for n in range(9)], [example(100, 100)]), 0, 3).episode(0)
     six = orders(episode, 3, 0, 6)
     assert len(set(six)) == 6 and six[0] == (0, 1, 2) and orders(episode, 3, 0, 4) == six[:4]
-    assert orders(episode, 1, 0, 6) == [(0,)] and orders(episode, 0, 0, 6) == [()] and len(orders(episode, 2, 0, 6)) == 2
+    assert orders(episode, 1, 0, 6) == [(0,)]
+    assert orders(episode, 0, 0, 6) == [()] and len(orders(episode, 2, 0, 6)) == 2
 
 
 def test_queries_of_a_part_are_the_first_of_more():

@@ -41,8 +41,10 @@ def made(template: str, *shown: Example, query: Example = SECOND, separator: str
         (
             "<image>User: {question} Please answer in short words. GPT:<answer>{answer}",
             "",
-            "<image>User: What? Please answer in short words. GPT:<answer>this<|endofchunk|>"
-            "<image>User: Who? Please answer in short words. GPT:<answer>",
+            (
+                "<image>User: What? Please answer in short words. GPT:<answer>this<|endofchunk|><image>User: Who? "
+                "Please answer in short words. GPT:<answer>"
+            ),
         ),
         ("<image>{question} {answer}.", "", "<image>What? this.<|endofchunk|><image>Who? "),
     ],

@@ -1,0 +1,101 @@
+"""Similarity by the model's own tower: what is most similar, how ties go, and what is kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from flamingo import FlamingoError
+from flamingo.document import Video
+from icl_eval.datasets import Example
+from icl_eval.features import Features, tower_hash
+from icl_eval.sources import Pool
+from icl_eval.tasks import Task
+from tests.icl_eval.made import Made
+from tests.tiny import picture, tiny_flamingo
+
+TASK = Task("made", 1, "made", "test", "<image>{answer}", (2,), support="train", mode="generate", file="f")
+
+
+class Pictures(Made):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.read = 0
+
+    def medium(self, name):
+        self.read += 1
+        content = int(name.partition("-")[0])
+        return picture(content) if content < 90 else Video((picture(content), picture(content + 1)))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tiny_flamingo(tmp_path_factory.mktemp("tiny"))
+
+
+def example(identifier, *contents):
+    return Example(identifier, tuple(f"{content}-{identifier}" for content in contents), answers=("x",))
+
+
+SUPPORT = [example("d", 7), example("b", 3), example("a", 7), example("c", 90), example("e", 1, 2), example("none")]
+
+
+def test_the_most_similar_come_first_and_ties_by_id(pair, tmp_path):
+    """Least similar first, an order of ties that depends on the data set's, a medium that is left out."""
+    pool = Pool(TASK, Pictures(SUPPORT, [example("q", 7)]))
+    features = Features(*pair, pool, tmp_path)
+    ranking = [SUPPORT[place].id for place in features.ranking(pool.queries[0])]
+    assert ranking[:2] == ["a", "d"] and sorted(ranking) == ["a", "b", "c", "d", "e", "none"]
+    assert np.allclose(np.linalg.norm(features.support[:5], axis=1), 1) and not features.support[5].any()
+    model, processor = pair
+    with torch.inference_mode():
+        tokens = model.vision_tower(pixel_values=processor.pixels([picture(7)])[0]).last_hidden_state[0, 1:]
+    mean = torch.nn.functional.normalize(tokens, dim=-1).mean(0)
+    np.testing.assert_allclose(features.support[0], (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_a_long_ranking_is_whole(pair, tmp_path):
+    """Places that are lost or repeated where more than the first few are asked for, at ties above all."""
+    support = [example(f"{number:04d}", number % 7) for number in range(300)]
+    pool = Pool(TASK, Pictures(support, [example("q", 3)]))
+    features = Features(*pair, pool, tmp_path)
+    ranking = list(features.ranking(pool.queries[0]))
+    assert sorted(ranking) == list(range(300))
+    similar = np.round(features.support @ features.support[3], 5)
+    assert ranking == sorted(range(300), key=lambda place: (-similar[place], support[place].id))
+    assert list(itertools.islice(features.ranking(pool.queries[0]), 5)) == ranking[:5]
+
+
+def test_features_are_kept_for_this_tower_and_these_examples_alone(pair, tmp_path):
+    """Pictures encoded anew in every run; features of another tower, of other preparation or examples taken."""
+    first = Features(*pair, Pool(TASK, Pictures(SUPPORT, [])), tmp_path)
+    again = Pictures(SUPPORT, [])
+    assert np.array_equal(Features(*pair, Pool(TASK, again), tmp_path).support, first.support) and not again.read
+    other = Pictures(SUPPORT[:-1], [])
+    Features(*pair, Pool(TASK, other), tmp_path)
+    assert other.read
+    model, processor = pair
+    before = tower_hash(model.vision_tower, processor)
+    with torch.no_grad():
+        weight = next(model.vision_tower.parameters())
+        weight.view(-1)[0] += 1
+        assert tower_hash(model.vision_tower, processor) != before
+        weight.view(-1)[0] -= 1
+    (path,) = [path for path in tmp_path.rglob("*.npy") if np.load(path).shape[0] == 6]
+    np.save(path, np.zeros((2, 3)))
+    with pytest.raises(FlamingoError, match="expected 6 rows; remove the file"):
+        Features(*pair, Pool(TASK, Pictures(SUPPORT, [])), tmp_path)
+
+
+def test_a_query_of_the_support_is_not_encoded_again(pair, tmp_path):
+    """Every query read and encoded, though its features are at hand."""
+    task = dataclasses.replace(TASK, split="train")
+    dataset = Pictures(SUPPORT, [])
+    features = Features(*pair, Pool(task, dataset), tmp_path)
+    read = dataset.read
+    assert SUPPORT[next(features.ranking(SUPPORT[0]))].id == "a"
+    assert dataset.read == read
