@@ -1,7 +1,8 @@
-"""Few-shot evaluation: tasks as data, nested demonstrations, ranking with shared prefixes, controls, a report.
+"""Few-shot evaluation: tasks as data, demonstrations that depend on nothing but the query, and what they contribute.
 
-Reading order: tasks.py, sources.py, demonstrations.py, diagnostics.py, engine.py, metrics/, evaluation.py, run.py,
-report.py.
+Reading order: tasks.py, datasets/, sources.py, demonstrations.py, features.py, prompts.py, diagnostics.py,
+questions.py, engine.py, outcomes.py, metrics/, ledger.py, results.py, verdicts.py, evaluation.py, seeds.py, run.py,
+listing.py, show.py, report.py.
 """
 
 from icl_eval.evaluation import Results, evaluate, summary

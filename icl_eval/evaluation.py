@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import time
@@ -225,7 +224,7 @@ def _identity(results: Results, controls: Sequence[str]) -> dict[str, Any]:
     facts = {name: fact for name, fact in results.facts.items() if name not in ("commit", "machine")}
     about = {"schema": SCHEMA, "controls": list(controls), "facts": facts}
     tasks = {name: {**task.definition(), "file": ""} for name, task in results.tasks.items()}
-    return json.loads(json.dumps(about | {"tasks": tasks}))  # type: ignore[no-any-return]
+    return {**about, "tasks": tasks}
 
 
 def _saved(results: Results, folder: Path) -> list[Cell]:

@@ -63,7 +63,8 @@ class Outcome:
         """From plain data, as JSON gives it."""
         known = {field.name for field in fields(Outcome)}
         lists = ("demonstrations", "labels", "candidates", "scores")
-        return Outcome(**{key: tuple(each) if key in lists else each for key, each in line.items() if key in known})
+        values: dict[str, Any] = {key: each for key, each in line.items() if key in known}
+        return Outcome(**{**values, **{key: tuple(values[key]) for key in lists if key in values}})
 
 
 def decide(scores: np.ndarray) -> tuple[int, bool]:

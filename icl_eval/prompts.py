@@ -108,7 +108,7 @@ class Template:
                 f"{self.task.file}: template: {marks} times {IMAGE}, but example {pictured.id!r} of "
                 f"{self.task.dataset} has {len(media)} media"
             )
-        places = [media] if marks == 1 else [(index,) for index in media] or [()] * marks
+        places: list[tuple[int, ...]] = [media] if marks == 1 else [(index,) for index in media] or [()] * marks
         parts: list[int | str] = [self._filled(self.texts[0], example)]
         for place, text in zip(places, self.texts[1:], strict=True):
             parts += [*place, self._filled(text, example)]

@@ -1,0 +1,92 @@
+"""`flamingo-eval` beside a plain evaluation: tasks and their files, exact prompts, several seeds, diagnostics."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from icl_eval.demonstrations import Draws
+from icl_eval.run import main
+from icl_eval.saved import read_results
+from icl_eval.sources import load_pool
+from icl_eval.tasks import load_task
+from tests.icl_eval.conftest import lively_flamingo
+from tests.icl_eval.made import write_own, write_task
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    for part in lively_flamingo(tmp_path_factory.mktemp("lively"), "lfm2"):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["flamingo-eval", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        shown = capsys.readouterr()
+        return stopped.value.code, shown.out, shown.err
+
+    return run
+
+
+def test_tasks_are_listed_and_their_files_checked(run, tmp_path):
+    """A list without a task, or that calls a task ready whose files are missing or broken."""
+    code, out, _ = run("tasks")
+    assert code == 0 and all(name in out for name in ("glyphs_5way", "coco_captions", "nlvr", "dataset_coco.json"))
+    data = write_own(tmp_path)
+    task = write_task(tmp_path)
+    assert run("tasks", task, "--data", data)[0] == 0
+    (data / "quiz" / "test3.png").write_text("no picture")
+    code, out, err = run("tasks", task, "glyphs_2way", "--data", data)
+    assert code == 2 and "test3.png" in "".join(out.split()) and err == f"error: {data}: not ready: quiz\n"
+    code, out, err = run("tasks", "nlvr", "--data", data)
+    assert code == 2 and "nlvr" in err
+    assert run("tasks", "--dtaa", data)[2].startswith("error: tasks: ")
+
+
+def test_exact_prompts_are_shown(run, saved, tmp_path):
+    """Pages of other queries than the first, or of other demonstrations than are evaluated; pictures left out."""
+    data, task = write_own(tmp_path), write_task(tmp_path)
+    code, out, _ = run("--model", saved, "--task", task, "--data", data, "--show", 2, "--out", tmp_path / "out")
+    pages = out.split()
+    assert code == 0 and [Path(page).name for page in pages] == [
+        f"quiz-{n}-{k}.html" for n in (0, 1) for k in (0, 1, 3)
+    ]
+    assert not (tmp_path / "out" / "results.json").exists()
+    loaded = load_task(task)
+    pool = load_pool(loaded, data)
+    episode = Draws(loaded, pool, 0, 3).episode(1)
+    page = Path(pages[-1]).read_text()
+    for each in episode.ranking:
+        assert each.example.id in page and each.example.question in page
+    assert page.count("data:image/png;base64") == 4 and episode.query_id in page
+    assert Path(pages[0]).read_text().count("data:image/png;base64") == 1
+
+
+def test_seeds_have_folders_of_their_own_and_a_spread(run, saved, tmp_path):
+    """Seeds that overwrite one another, a spread that is not theirs, a verdict that is computed and thrown away."""
+    data, task, out = write_own(tmp_path), write_task(tmp_path), tmp_path / "out"
+    words = ("--model", saved, "--task", task, "--data", data, "--queries", 5, "--shots", "0,1")
+    code, shown, err = run(*words, "--diagnostics", "--seeds", "3,4", "--out", out)
+    assert code == 0, err
+    each = [read_results(out / f"seed-{seed}") for seed in (3, 4)]
+    assert [results.seeds["quiz"] for results in each] == [3, 4]
+    assert "Verdict:" in each[0].diagnostics["quiz"]["verdict"] and "Verdict:" in " ".join(shown.split())
+    spread = json.loads((out / "seeds.json").read_text())
+    assert spread["seeds"] == [3, 4] and len(spread["cells"]) == len(each[0].cells) == 3 + 8
+    for cell in spread["cells"]:
+        values = [results.cells[cell["task"], cell["shots"], cell["control"]].score.value for results in each]
+        assert cell["figures"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+        assert cell["figures"]["accuracy"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    for wrong in ("3,3", "a"):
+        assert run(*words, "--seeds", wrong, "--out", out)[2].startswith(f"error: --seeds {wrong}: expected")
+    assert run(*words, "--seeds", "1", "--seed", "2", "--out", out)[0] == 2
+    assert run(*words, "--zero-shot", "none", "--out", out)[2].startswith("error: zero_shot: 'none', expected one of")

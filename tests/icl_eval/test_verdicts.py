@@ -1,0 +1,139 @@
+"""Diagnoses: what they say of models of which it is known what they do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from icl_eval.datasets import Example
+from icl_eval.diagnostics import DIAGNOSTICS
+from icl_eval.evaluation import evaluate_answerer
+from icl_eval.outcomes import Outcome
+from icl_eval.tasks import Task
+from icl_eval.verdicts import calibration, copying, recency
+from tests.icl_eval.made import Made, Stub
+
+CLASSES = ("x", "y", "z")
+
+
+class Known(Stub):
+    """Answers by a rule over (pictures and answers of the demonstrations, the query's picture, candidates)."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule, self.shut = rule, False
+
+    def rank(self, library, ladders, **_):
+        return [[self.scores(library, ladder, query) for query in ladder.queries] for ladder in ladders]
+
+    def scores(self, library, ladder, query):
+        shown = []
+        for chunk in ladder.demonstrations[: query.after]:
+            shown.append((self.seen(library, chunk), chunk.text))
+        answer = self.rule(shown, self.seen(library, query.chunk), query.answers)
+        return np.array([float(each == answer) for each in query.answers])
+
+    def seen(self, library, chunk):
+        return library.media(chunk.media)[0].data.decode()[0] if chunk.media and not self.shut else None
+
+    def closed(self):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def closed():
+            self.shut = True
+            yield
+            self.shut = False
+
+        return closed()
+
+
+def looks_up(shown, query, candidates):
+    """The answer that stands beside a picture of the query's class, else the first candidate."""
+    return next((text for seen, text in shown if seen == query and seen is not None), candidates[0])
+
+
+def knows(shown, query, candidates):
+    """The class, whatever is shown."""
+    return {"0": "x", "1": "y", "2": "z"}.get(query, "x")
+
+
+def repeats_last(shown, query, candidates):
+    return shown[-1][1] if shown else candidates[0]
+
+
+def needs_the_form(shown, query, candidates):
+    """The class, once there is any demonstration."""
+    return knows(shown, query, candidates) if shown else candidates[0]
+
+
+@pytest.fixture
+def diagnose(monkeypatch):
+    def example(number):
+        kind = number % 3
+        return Example(f"e{number}", (f"{kind}{number}-a",), label=CLASSES[kind], answers=(CLASSES[kind],))
+
+    dataset = Made([example(n) for n in range(60)], [example(100 + n) for n in range(200)], CLASSES)
+    monkeypatch.setattr("icl_eval.sources.load_dataset", lambda name, root: dataset)
+    task = Task("t", 1, "made", "test", "<image>{label}", (4,), support="train", demonstrations="balanced", file="f")
+
+    def diagnosis(rule):
+        model = Known(rule)
+        results = evaluate_answerer(model, [task], controls=DIAGNOSTICS, closed=model.closed)
+        return results.diagnostics["t"]
+
+    return diagnosis
+
+
+def signs(found):
+    return {name: int(each["interval"][0] > 0) - int(each["interval"][1] < 0) for name, each in found["costs"].items()}
+
+
+def test_a_model_that_learns_from_its_demonstrations(diagnose):
+    """A verdict that misses what every control shows."""
+    found = diagnose(looks_up)
+    assert found["score"] == 1 and set(signs(found).values()) == {1}
+    assert found["verdict"].endswith("Verdict: the model learns from the demonstrations what belongs to what.")
+    assert found["order"]["changed"] == 0 and found["copying"]["answers"] == 1
+
+
+def test_a_model_that_knows_the_answers_already(diagnose):
+    """Demonstrations that get the credit for what the model knows."""
+    found = diagnose(knows)
+    by_name = signs(found)
+    assert by_name["gates_at_zero"] == by_name["random_query"] == 1
+    assert by_name["zero_shot"] == by_name["labels_permuted"] == by_name["images_swapped"] == by_name["text_only"] == 0
+    assert found["verdict"].endswith("that the demonstrations contribute anything cannot be seen here.")
+
+
+def test_a_model_that_takes_the_form_alone(diagnose):
+    """Help of any kind taken for learning what belongs to what."""
+    found = diagnose(needs_the_form)
+    assert signs(found)["zero_shot"] == 1 and signs(found)["labels_permuted"] == 0
+    assert "they tell the form of the answers" in found["verdict"]
+
+
+def test_a_model_that_repeats_the_last_answer(diagnose):
+    """Recency and a dependence on order that stay unseen."""
+    found = diagnose(repeats_last)
+    assert found["recency"]["last"] == 1 and found["recency"]["bias"] > 0.6
+    assert found["order"]["changed"] > 0.5
+
+
+def outcome(answer, right, labels=(), scores=(0.0,)):
+    return Outcome("q", "q", (), tuple(labels), "", 0, 0, answer, right, scores=tuple(scores))
+
+
+def test_figures_of_single_answers():
+    """Shares of the wrong whole, answers that differ by case alone, a calibration error with signs that cancel."""
+    outcomes = [
+        outcome("A cat", "a dog", ["a cat", "a bird"]),
+        outcome("a dog", "a dog", ["a cat", "a dog"]),
+        outcome("a fish", "a bird", ["a cat", "a bird"]),
+        outcome("a bird", "a dog", ["a bird", "a cat"]),
+    ]
+    assert copying(outcomes) == {"answers": 0.75, "right": 0.5, "wrong": pytest.approx(2 / 3)}
+    assert recency(outcomes) == {"last": 0.25, "others": 0.5, "bias": -0.25}
+    sure, half = (np.log(0.9), np.log(0.1)), (np.log(0.5), np.log(0.5))
+    found = calibration([outcome("a", "a", scores=half), outcome("a", "b", scores=sure)])
+    assert found == {"confidence": pytest.approx(0.7), "accuracy": 0.5, "error": pytest.approx(0.7)}
