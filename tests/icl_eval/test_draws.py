@@ -39,7 +39,7 @@ def example(number: int, content: int | None = None, label: str = "a", **fields:
     return Example(f"e{number}", media, answers=(f"answer {number}",), label=label, fields=fields)
 
 
-contents = st.lists(st.integers(0, 12), min_size=8, max_size=30)
+contents = st.lists(st.none() | st.integers(0, 12), min_size=8, max_size=30)
 
 
 @given(contents, contents, st.sampled_from(["random", "fixed", "balanced", "rices"]), st.booleans(), st.integers(0, 9))
