@@ -48,6 +48,7 @@ PEER_BATCH = 8
 """open_flamingo's default"""
 LIKELY = -3.0
 """nats: mean log-likelihood of label tokens from which on labels count as peaked"""
+LEARNING_RATE = 4e-3
 EQUAL = 2e-3
 """nats, of sums of up to a dozen tokens, in float32"""
 
@@ -169,7 +170,7 @@ class Side:
         trained += [parameter for layer in decoder.layers[-2:] for parameter in layer.parameters()]
         for parameter in trained:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         names, rng, batch = class_names()[:count], np.random.default_rng(0), 25
         with torch.no_grad():
             latents = model.encode_media(self.processor.pixels(self.pictures.media([0])))

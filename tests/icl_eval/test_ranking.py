@@ -97,6 +97,14 @@ def test_what_cannot_reach_the_best_is_not_read(normalise):
     assert len(read) < len(trie.inner) / 5
 
 
+def test_a_long_answer_can_make_up_for_a_bad_beginning():
+    """Means bounded by the tokens read so far: a long answer whose other tokens are all likely is lost."""
+    answers = [(0,), *((1, *range(2, length)) for length in range(4, 12))]
+    likelihoods = lambda beginning, token: (-1.0, -2.0)[token] if not beginning else -0.001 * token  # noqa: E731
+    found, _ = search_all(Trie(answers), likelihoods, "mean", 1)
+    assert np.flatnonzero(np.isfinite(found)).tolist() == [8]
+
+
 def test_ties_with_the_last_of_the_best_are_kept():
     """The k-th best chosen among equals by order: another order of candidates, other results."""
     scores = np.array([-3.0, -1.0, -2.0, -2.0 - TIE / 2, -2.0 - 2 * TIE])
