@@ -23,6 +23,7 @@ import numpy as np
 
 from flamingo.errors import FlamingoError
 from icl_eval.datasets import Example
+from icl_eval.metrics import METRICS
 from icl_eval.prompts import Prompt, Shown
 from icl_eval.sources import Pool, by_label
 from icl_eval.tasks import Task
@@ -194,6 +195,11 @@ class Draws:
         for right in (query.label, *query.answers):
             if right is not None and right in candidates:
                 return candidates.index(right)
+        if METRICS[self.task.metric].takes != "text":
+            raise FlamingoError(
+                f"{self.task.file}: split: {self.task.split!r}, but query {query.id!r} has no right answer among its "
+                f"candidates, which metric {self.task.metric} needs"
+            )
         return None
 
     def _allowed(self, query: Example) -> Iterator[Example]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from flamingo.errors import FlamingoError
 from icl_eval.datasets import Example
 from icl_eval.datasets.vqa import raw_and_stemmed
 from icl_eval.demonstrations import Episode
@@ -137,11 +136,6 @@ def _outcome(questions: Questions, episode: Episode, prompt: Prompt, prediction:
 def _target(task: Task, episode: Episode) -> Any:
     """What the metric compares with."""
     metric, query = METRICS[task.metric], episode.query
-    if metric.takes != "text" and episode.target is None:
-        raise FlamingoError(
-            f"{task.file}: split: {task.split!r}, but query {episode.query_id!r} has no right answer among its "
-            f"candidates, which metric {metric.name} needs"
-        )
     if metric.takes in ("index", "ranking"):
         return episode.target
     if metric.takes == "score":  # of the positive class, which is the last candidate

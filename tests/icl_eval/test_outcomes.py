@@ -1,0 +1,139 @@
+"""From answers to what metrics take: every kind of metric, many candidates, queries that hang together."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from flamingo import FlamingoError
+from icl_eval.datasets import Example
+from icl_eval.datasets.vqa import RAW_ANSWERS
+from icl_eval.evaluation import evaluate_answerer
+from icl_eval.outcomes import BEST, decide
+from icl_eval.saved import Predictions, read_results
+from icl_eval.tasks import Generation, Task
+from tests.icl_eval.made import Made, Stub
+
+MANY = tuple(f"class {number}" for number in range(150))
+
+
+class Scoring(Stub):
+    """Scores the right answers best, in two of three queries; says them, too."""
+
+    def __init__(self, queries):
+        super().__init__()
+        self.right = {each.question: each.answers[0] for each in queries}
+        self.top_k = None
+
+    def rank(self, library, ladders, *, normalise="sum", top_k=None, progress=None):
+        self.top_k = top_k
+        return [[self.scores(query, top_k) for query in ladder.queries] for ladder in ladders]
+
+    def scores(self, query, top_k):
+        scores = -np.arange(len(query.answers), dtype=float) - 1
+        text = query.chunk.text
+        if not text.endswith("2"):
+            scores[query.answers.index(self.right[text])] = 0
+        if top_k is not None:
+            scores[np.argsort(-scores)[top_k:]] = -np.inf
+        return scores
+
+    def generate(self, library, ladders, **_):
+        return [[self.right[query.chunk.text] for query in ladder.queries] for ladder in ladders]
+
+
+def run(monkeypatch, metric, answers, candidates=(), *, labels=True, out=None, **options):
+    """Six queries, two a picture, of which the number n has the answer n modulo how many there are."""
+
+    def example(name, number):
+        texts = answers[number % len(answers)]
+        fields = {RAW_ANSWERS: "\n".join(texts)}
+        return Example(
+            f"{name}{number}",
+            (f"{number // 2}-{name}",),
+            f"{number % 3}",
+            texts,
+            texts[0] if labels else None,
+            (),
+            fields,
+        )
+
+    queries = [example("q", number) for number in range(6)]
+    dataset = Made([example("s", number) for number in range(90, 99)], queries, candidates)
+    monkeypatch.setattr("icl_eval.sources.load_dataset", lambda name, root: dataset)
+    settings = {"mode": "rank"} if candidates else {"mode": "generate", "generate": Generation(4)}
+    template = "<image>{question}{answer}"
+    task = Task("t", 1, "made", "test", template, (0,), support="train", metric=metric, file="f", **settings)
+    model = Scoring(queries)
+    results = evaluate_answerer(model, [task], out=out, **options)
+    return results, model
+
+
+ANSWERS = [("yes",) * 10, ("no",) * 10, ("yes",) * 9 + ("no",)]
+
+
+@pytest.mark.parametrize(
+    "metric, candidates, value",
+    [
+        ("accuracy", ("no", "yes"), 4 / 6),
+        ("roc_auc", ("no", "yes"), 1.0),
+        ("pope", ("no", "yes"), 4 / 6),
+        ("exact_match", (), 1.0),
+        ("vqa_accuracy", (), 1.0),
+        ("ok_vqa_accuracy", (), 1.0),
+        ("cider", (), None),
+    ],
+)
+def test_every_kind_of_metric_gets_what_it_takes(monkeypatch, tmp_path, metric, candidates, value):
+    """Indices for texts, one reference for all, the negative class for the positive one; a file that says otherwise."""
+    results, _ = run(monkeypatch, metric, ANSWERS, candidates, out=tmp_path)
+    (cell,) = results.cells
+    if value is not None:
+        assert cell.value == pytest.approx(value, abs=0.02)
+    assert [outcome.query_id for outcome in cell.outcomes] == [f"q{number}" for number in range(6)]
+    saved = read_results(tmp_path)
+    assert saved.cells["t", 0, None].score.figures == dict(cell.score.figures)
+    lines = Predictions(saved).cell(("t", 0, None))
+    assert [line["prediction"] for line in lines] == [outcome.prediction for outcome in cell.outcomes]
+    assert len({line["group"] for line in lines}) == 3 and "groups of queries" in cell.score.details["interval"]
+
+
+def test_of_many_candidates_the_best_are_kept(monkeypatch, tmp_path):
+    """A thousand names in every line, all scores computed where five are asked for, indices into the few kept."""
+    answers = [(MANY[140],), (MANY[3],), (MANY[149],)]
+    results, model = run(monkeypatch, "top5", answers, MANY, out=tmp_path)
+    (cell,) = results.cells
+    assert model.top_k == BEST and results.tasks["t"].chance == 5 / 150
+    first, second, third = cell.outcomes[:3]
+    assert first.prediction == [140, 0, 1, 2, 3] and first.target == 140
+    assert first.candidates == (MANY[140], *MANY[:4]) and first.scores[0] == 0
+    assert second.answer == second.right == MANY[3] and third.target == 149 and third.answer == MANY[0]
+    assert cell.value == pytest.approx(4 / 6)
+    assert max(len(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()) < 700
+
+
+def test_ties_are_told_and_go_to_the_first():
+    """The last of the best, or scores that differ in noise only, decided by it."""
+    assert decide(np.array([-1.0, 0.0, -5e-5])) == (1, True)
+    assert decide(np.array([-5e-5, -3.0, 0.0])) == (0, True)
+    assert decide(np.array([-2e-4, -np.inf, 0.0])) == (2, False)
+
+
+def test_a_split_without_right_answers_is_refused_where_they_are_needed(monkeypatch):
+    """Test splits whose answers are kept secret, scored as all wrong."""
+    with pytest.raises(FlamingoError, match="f: split: 'test', but query 'q0' has no right answer among its candid"):
+        run(monkeypatch, "accuracy", [("maybe",)], ("no", "yes"))
+    run(monkeypatch, "exact_match", ANSWERS)
+    ranked = Task("t", 1, "made", "test", "<image>{label}", (0,), support="train", file="f")
+    with pytest.raises(FlamingoError, match="f: mode: rank, but neither made nor its example 'q0' has candidates"):
+        evaluate_answerer(Stub(), [ranked])
+
+
+def test_predictions_are_whole_lines_of_json(monkeypatch, tmp_path):
+    """Numbers that JSON does not know, or texts that break a line."""
+    results, _ = run(monkeypatch, "exact_match", [("a\nb\u2028c",)], out=tmp_path)
+    lines = (tmp_path / "predictions.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line)["answer"] for line in lines if line] == ["a\nb\u2028c"] * 6
+    assert results.cells[0].outcomes[5].answer == "a\nb\u2028c"
