@@ -17,7 +17,11 @@ from icl_eval.sources import Pool
 from icl_eval.tasks import Task
 from tests.icl_eval.made import Made
 
-BASE = Task("made", 1, "made", "test", "<image>{question}{answer}", (2,), support="train", mode="generate", file="f")
+BASE = dataclasses.replace(
+    Task("made", 1, "made", "test", "<image>{question}{answer}", (2,), support="train", file="f"),
+    mode="generate",
+    metric="exact_match",
+)
 
 
 class Backwards:
