@@ -160,3 +160,51 @@ def test_an_answer_that_is_missing_is_named():
     pool = pool_of(BASE, [Example(f"e{n}", ()) for n in range(4)], [example(100)])
     with pytest.raises(FlamingoError, match=r"f: support: example 'e\d' of made has no answer to be shown with"):
         Draws(BASE, pool, 0, 2).episode(0)
+
+
+def binding(train, test, **keys):
+    """A fast-binding task's draws over given examples, the query's names as they are."""
+    task = dataclasses.replace(
+        Task("made", 1, "made", "test", "<image>{label}", (2,), support="train", file="f"),
+        **{"ways": 2, "names": "fixed", "demonstrations": "balanced", "queries": 40, **keys},
+    )
+    pool = pool_of(task, train, test)
+    return task, pool, Draws(task, pool, 0, 2)
+
+
+def test_binding_takes_queries_and_demonstrations_from_their_own_splits():
+    """Queries drawn from the support, classes that only one split has, pictures of the query under another name."""
+    support = [example(number, number, "abcd"[number % 4]) for number in range(24)]
+    queries = [example(100 + number, number, "bcde"[number % 4]) for number in range(24)]
+    _, pool, draws = binding(support, queries)
+    seen = set()
+    for number in range(40):
+        episode = draws.episode(number)
+        assert episode.query in queries and episode.query.label in "bcd"
+        assert episode.candidates[episode.target] == episode.query.label
+        assert [each.example.label for each in episode.ranking] == [each.answer for each in episode.ranking]
+        assert {each.answer for each in episode.ranking[:2]} == set(episode.candidates)
+        assert all(not pool.digests(each.example) & pool.digests(episode.query) for each in episode.ranking)
+        seen.add(episode.candidates)
+    assert len(seen) == 6  # of b, c, d, in both orders
+
+
+def test_binding_within_a_group_keeps_to_it():
+    """Another episode's pictures, a class that is not the group's, a query's class that is always the first."""
+    support = [example(n, n, "ab"[n % 2] + str(n // 10), episode=str(n // 10)) for n in range(40)]
+    queries = [example(100 + n, 100 + n, f"{'ab'[n % 2]}{n % 4}", episode=str(n % 4)) for n in range(40)]
+    _, _, draws = binding(support, queries, within="episode", queries=0)
+    assert draws.count == 40
+    targets = Counter()
+    for number in range(40):
+        episode = draws.episode(number)
+        group = episode.query.fields["episode"]
+        assert set(episode.candidates) == {f"a{group}", f"b{group}"}
+        assert {each.example.fields["episode"] for each in episode.ranking} == {group}
+        targets[episode.target] += 1
+    assert min(targets.values()) > 8
+    _, _, draws = binding(support, [example(100, 100, "a0", episode="7")], within="episode", queries=0)
+    with pytest.raises(
+        FlamingoError, match="f: ways: 2, but of query 'e100' the support has the classes none, and its"
+    ):
+        draws.episode(0)
