@@ -96,7 +96,9 @@ def test_float64_agrees_to_ten_digits(tasks, data, tmp_path_factory, tmp_path):
     for batch in (1, 8):
         out = tmp_path / str(batch)
         evaluate(model, processor, tasks[:2], data=data, batch_size=batch, cache=tmp_path / "cache", out=out)
-    assert_same(lines(tmp_path / "1"), lines(tmp_path / "8"), atol=1e-10)
+    found = lines(tmp_path / "1")
+    assert_same(found, lines(tmp_path / "8"), atol=1e-10)
+    assert any(abs(score - round(score, 8)) > 1e-10 for line in found for score in line["scores"])
 
 
 SCRIPT = """
@@ -169,6 +171,16 @@ def test_an_unfinished_evaluation_of_something_else_is_left_alone(tmp_path, data
     stub = Stub()
     results = evaluate_answerer(stub, tasks[:1], data=data, out=tmp_path, window=4)
     assert len(results.cell("ranked", 3).outcomes) == 14 and sum(stub.asked) == 2 * (14 - len(kept.splitlines()))
+
+
+def test_ranks_share_the_queries(monkeypatch, data, tasks):
+    """Every rank asking all queries, or some that none asks."""
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr("icl_eval.evaluation.rank_and_ranks", lambda rank=rank: (rank, 3))
+        results = evaluate_answerer(Stub(), tasks[:1], data=data)
+        found += [outcome.query_id for outcome in results.cell("ranked", 3).outcomes]
+    assert len(found) == 14 and set(found) == {f"test{number}" for number in range(14)}
 
 
 def trivial(monkeypatch, count, candidates=("x", "y")):

@@ -137,3 +137,31 @@ def test_predictions_are_whole_lines_of_json(monkeypatch, tmp_path):
     lines = (tmp_path / "predictions.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line)["answer"] for line in lines if line] == ["a\nb\u2028c"] * 6
     assert results.cells[0].outcomes[5].answer == "a\nb\u2028c"
+
+
+def test_an_ensemble_is_the_mean_over_orders(monkeypatch):
+    """The scores of one order alone, likelihoods averaged twice, or an order that the plain prompt does not have."""
+    support = [Example(f"s{number}", (), answers=(str(number),), label="x") for number in range(9)]
+    queries = [Example("q", (), "", ("x",), "x")]
+    monkeypatch.setattr("icl_eval.sources.load_dataset", lambda name, root: Made(support, queries, ("x", "y")))
+
+    class Ordered(Stub):
+        """The score of a prompt is its demonstrations' answers as one number."""
+
+        def rank(self, library, ladders, **_):
+            self.orders = sorted(
+                "".join(chunk.text for chunk in ladder.demonstrations[: query.after])
+                for ladder in ladders
+                for query in ladder.queries
+            )
+            found = ("".join(c.text for c in each.demonstrations[: q.after]) for each in ladders for q in each.queries)
+            scores = iter([np.array([float(text or 0), 0.0]) for text in found])
+            return [[next(scores) for _ in ladder.queries] for ladder in ladders]
+
+    for count, shots in ((4, 3), (6, 2), (6, 1)):
+        task = Task("t", 1, "made", "test", "<image>{answer}", (shots,), support="train", ensemble=count, file="f")
+        model = Ordered()
+        (outcome,) = evaluate_answerer(model, [task]).cells[0].outcomes
+        assert len(set(model.orders)) == len(model.orders) == min(count, (1, 2, 6)[shots - 1])
+        assert "".join(outcome.labels) in model.orders
+        assert outcome.scores[0] == pytest.approx(np.mean([float(order) for order in model.orders]))
