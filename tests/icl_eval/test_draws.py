@@ -200,6 +200,7 @@ def test_binding_within_a_group_keeps_to_it():
         episode = draws.episode(number)
         group = episode.query.fields["episode"]
         assert set(episode.candidates) == {f"a{group}", f"b{group}"}
+        assert episode.candidates[episode.target] == episode.query.label
         assert {each.example.fields["episode"] for each in episode.ranking} == {group}
         targets[episode.target] += 1
     assert min(targets.values()) > 8

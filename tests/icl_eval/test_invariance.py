@@ -213,6 +213,7 @@ def test_memory_hardly_grows_with_the_queries(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_hundred_thousand_queries_fit(monkeypatch, tmp_path):
     """An evaluation whose memory is that of all its answers: here some 400 MB."""
     assert peak(monkeypatch, 100_000, tmp_path) < 100e6
