@@ -23,6 +23,7 @@ from flamingo.processing import END_OF_CHUNK
 from icl_eval.demonstrations import Episode
 from icl_eval.evaluation import evaluate
 from icl_eval.examples import in_a_row
+from icl_eval.features import Features
 from icl_eval.prompts import prompt_document
 from icl_eval.questions import Questions, cell_keys
 from icl_eval.sources import load_pool
@@ -77,9 +78,16 @@ class Evaluations:
         precision = torch.autocast(self.processes.device.type, torch.bfloat16, enabled=reduced)
         with undisturbed(model), gathered(model), precision:
             results = evaluate(model, self.processor, self.tasks, batch_size=self.recipe.evaluation.batch)
+            self._look_for_similar()
             generations = self._generations() if self.processes.is_main else []
         scores = {f"fewshot/{cell.task}/{cell.shots}": cell.value for cell in results.cells}
         self.tracker.log(step, scores | {"samples": float(step * self.recipe.batch)}, generations)
+
+    def _look_for_similar(self) -> None:
+        """Give tasks that go by similarity what they go by; the evaluation before has left it on disk."""
+        for questions in self.questions.values():
+            if questions.task.demonstrations == "rices":
+                questions.draws.similarity = Features(self.state.model, self.processor, questions.pool)
 
     def _generations(self) -> list[Generation]:
         """Answers to the first queries of every task: always the same ones, so that one sees the model learn."""
