@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from safetensors import SafetensorError
 from torch import distributed
 from transformers.utils import logging as transformers_logging
 
+from flamingo.configuration import FlamingoConfig
 from flamingo.errors import FlamingoError, command_line, plain_options
-from flamingo.files import sha256
+from flamingo.files import read_object, sha256
 from icl_eval import board, compare, listing
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
-from icl_eval.evaluation import evaluate, prepared
+from icl_eval.evaluation import evaluate, evaluate_answerer, prepared
 from icl_eval.ledger import rank_and_ranks
 from icl_eval.report import write_report
 from icl_eval.results import RESULTS, Cell, Results
@@ -49,7 +51,7 @@ class Options:
     """Score a Flamingo on few-shot tasks.
 
     Attributes:
-        model: folder of a saved Flamingo.
+        model: folder of a saved Flamingo, or of any image-text-to-text model of transformers (one query at a time).
         out: folder for results.json, predictions.jsonl and report.html. A killed evaluation goes on from there.
         data: folder in which the folders of data sets are; empty: FLAMINGO_EVAL_DATA, or the present folder.
         shots: demonstrations, such as 0,1,4, in fast binding of each way; empty: each task's own.
@@ -257,20 +259,17 @@ def main() -> None:
     tasks = [load_task(name) for name in names]
     transformers_logging.disable_progress_bar()
     with ranks() as rank, progress_bars(shown=rank == 0) as progress:
-        model, processor = load(options.model, _device(options.device))
         if options.show:
             if rank_and_ranks()[1] > 1:
                 raise FlamingoError(f"--show {options.show}: expected a single process")
+            model, processor = load(options.model, _device(options.device))
             print(*_shown_prompts(options, model, processor, tasks, settings), sep="\n")
             return
+        scored = _scoring(options)
         facts = {"model": identity(options.model)}
         runs = {
-            seed: evaluate(
-                model,
-                processor,
+            seed: scored(
                 tasks,
-                batch_size=options.batch_size,
-                cache=options.cache or None,
                 seed=seed,
                 out=_out(options, seed),
                 facts=facts,
@@ -286,6 +285,25 @@ def main() -> None:
             by_seed = {int(seed): results for seed, results in runs.items() if seed is not None}
             Console().print(across_seeds(by_seed))
             Console().print(str(write_seeds(options.out, by_seed)), soft_wrap=True)
+
+
+def _scoring(options: Options) -> Callable[..., Results]:
+    """What scores the model of a folder on tasks: `evaluate` for ours, `evaluate_answerer` for somebody else's."""
+    device, config = _device(options.device), Path(options.model) / "config.json"
+    if not config.is_file() or read_object(config).get("model_type") == FlamingoConfig.model_type:
+        model, processor = load(options.model, device)
+        return partial(evaluate, model, processor, batch_size=options.batch_size, cache=options.cache or None)
+    from icl_eval.peers.image_text_to_text import ImageTextToText
+
+    try:
+        peer = ImageTextToText.from_pretrained(options.model)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        raise FlamingoError(
+            f"--model {options.model}: neither a Flamingo nor another model of transformers: {said}"
+        ) from None
+    peer.model.to(device)
+    return partial(evaluate_answerer, peer)
 
 
 def _settings(options: Options) -> dict[str, Any]:

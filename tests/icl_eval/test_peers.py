@@ -22,10 +22,12 @@ from transformers import (
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from flamingo import FlamingoError, FlamingoProcessor, Video
+from icl_eval import run
 from icl_eval.engine import Answerer, Chunk, Engine, Ladder, Query
 from icl_eval.peers import open_flamingo
 from icl_eval.peers.image_text_to_text import ImageTextToText
 from icl_eval.peers.open_flamingo import OpenFlamingo
+from icl_eval.saved import read_results
 from tests.peer import pair_of
 from tests.tiny import picture, tokenizer
 
@@ -316,3 +318,17 @@ def test_the_form_of_a_chat_model_can_be_plain(llava):
             logits = llava.model(input_ids=torch.tensor([ids]), pixel_values=pixels(3, 5)).logits[0]
         expected.append(by_hand(logits, ids, len(answer) + 2))
     np.testing.assert_allclose(peer.rank(Drawer(), [made])[0][0], expected, atol=1e-5, rtol=0)
+
+
+def test_the_command_line_takes_models_of_transformers(idefics, tmp_path, monkeypatch, capsys):
+    """Catches a command that takes Flamingos alone, and a folder that nothing can load ending in a traceback."""
+    command = ["flamingo-eval", "--task", "digits_2way", "--shots", "0,1", "--queries", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--model", idefics.model.name_or_path, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="0"):
+        run.main()
+    assert set(read_results(tmp_path / "out").cells) == {("digits_2way", shots, None) for shots in (0, 1)}
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setattr(sys, "argv", [*command, "--model", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert "neither a Flamingo nor another model of transformers" in capsys.readouterr().err
