@@ -389,7 +389,7 @@ def test_examples_are_of_all_kinds_with_both_answers(runs, items):
 
 def test_the_report_gains_a_section_and_is_as_before_without(runs, items, untuned, tmp_path):
     """A section without pictures or numbers; or a quickstart without tuning whose page changes."""
-    results = evaluate(*untuned, ["digits_2way"], shots=[1], episodes=2)
+    results = evaluate(*untuned, ["digits_2way"], shots=[1], queries=2)
     before = write_report(tmp_path / "before.html", results=results).read_text()
     page = write_report(tmp_path / "report.html", results=results, instructions=runs, items=items).read_text()
     assert "Instructions" not in before
