@@ -93,10 +93,7 @@ def test_a_killed_run_equals_an_uninterrupted_one(
     """Catches half a checkpoint that is taken for one, and a state that lacks something: moments, schedule, place."""
 
     def run(processes: Processes) -> None:
-        if dies is die:
-            at_step(7, die)
-        else:
-            at_step(7, once_saved(tmp_path, 4, dies))  # in the next save, that of step 8
+        at_step(7, once_saved(tmp_path, 4, dies))  # there, or in the next save, that of step 8
         done(recipe_of(folder, tmp_path, keep_checkpoints=1), processes)
 
     assert forked(run) == [(-signal.SIGKILL, None)]
