@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,10 +156,15 @@ def _table(title: str, rows: Sequence[Row], shots: Sequence[int], last: str = ""
         shown.add_column(last, justify="right", style="dim")
     before = ""
     for row in rows:
-        cells = ["–" if cell is None else f"{cell[0]}\n[dim]{cell[1].replace(' ', '')}[/dim]" for cell in row.cells]
+        cells = ["–" if cell is None else f"{cell[0]}\n[dim]{_tight(cell[1])}[/dim]" for cell in row.cells]
         shown.add_row("" if row.name == before else row.name, row.model, *cells, *([row.last] if last else []))
         before = row.name
     return shown
+
+
+def _tight(interval: str) -> str:
+    """Without spaces and zeros before a point: a table of five columns fits a terminal of 80."""
+    return re.sub(r"(?<!\d)0\.", ".", interval.replace(" ", ""))
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------
