@@ -55,6 +55,8 @@ BATCH, LAST_STEPS = 25, 20
 """names of a step of tuning, and steps over which it is looked at"""
 FREQUENT = 16
 """class names that make four fifths of those: as of a picture, few names come into question"""
+QUIET = 0.1
+"""gates, and what the tuned LM's layers add at first as a share of what random ones do"""
 EQUAL = 2e-3
 """nats, of sums of up to a dozen tokens, in float32"""
 
@@ -177,10 +179,17 @@ class Side:
         model, lm = self.ours, self.ours.language_model
         model.requires_grad_(False)
         decoder = lm.model.decoder
+        with torch.no_grad():  # as in trained models, and unlike in random ones, tokens are not drowned by the layers
+            for layer in decoder.layers:
+                layer.fc2.weight.mul_(QUIET)
+                layer.self_attn.out_proj.weight.mul_(QUIET)
+        quieten(model.cross_attention)
         trained = [lm.get_input_embeddings().weight, model.new_input_rows, *decoder.final_layer_norm.parameters()]
         trained += [parameter for layer in decoder.layers[-2:] for parameter in layer.parameters()]
         for parameter in trained:
             parameter.requires_grad_(True)
+        # The embedding is tuned as the head alone: so nothing goes back through the lower layers.
+        cut = decoder.layers[-2].register_forward_pre_hook(lambda layer, given: (given[0].detach(), *given[1:]))
         optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=8)
         names, rng = class_names()[:count], np.random.default_rng(0)
@@ -202,6 +211,7 @@ class Side:
             warmup.step()
             optimizer.zero_grad()
             likely.append(-float(loss.detach()))
+        cut.remove()
         model.requires_grad_(False)
         torch.save({"lm": lm.state_dict(), "rows": model.new_input_rows.detach()}, file)
         return float(np.mean(likely[-LAST_STEPS:])), len(likely)
@@ -212,8 +222,17 @@ class Side:
         tower, lm = backbones(self.place.shape)
         lm.load_state_dict(tuned["lm"])
         self.peer = open_flamingo_over(self.place, tower, lm).eval()
+        quieten(self.peer.lang_encoder.gated_cross_attn_layers)
         with torch.no_grad():
             self.peer.lang_encoder.get_input_embeddings().weight[self.place.shape.end_of_chunk :] = tuned["rows"]
+
+
+@torch.no_grad()
+def quieten(blocks: torch.nn.ModuleList) -> None:
+    """Gates that are little open."""
+    for block in blocks:
+        block.attn_gate.fill_(QUIET)
+        block.ff_gate.fill_(QUIET)
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
