@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from flamingo.errors import FlamingoError, plain_options
 from icl_eval.datasets import folder_of, load_dataset
@@ -63,36 +64,47 @@ def faults(task: Task, root: Path) -> list[str]:
 
 
 def listing(tasks: Sequence[Task], root: Path, found: dict[str, list[str]]) -> Group:
-    """What each task is, then by data set the files that it expects.
+    """What each task is (its splits: of the queries, and of the demonstrations where that is another), what is wrong with
+    files that are there, then by data set the files that it expects.
 
     Args:
         tasks: to list.
         root: folder of data sets, for paths.
         found: what is wrong with each task, by name; without an entry it was not checked.
     """
-    shown = Table(box=SIMPLE, pad_edge=False, title="tasks", title_justify="left", title_style="bold")
-    for heading in ("task", "data set", "queries, demonstrations", "shots", "metric", *(["state"] if found else [])):
+    shown = Table(
+        box=SIMPLE, pad_edge=False, collapse_padding=True, title="tasks", title_justify="left", title_style="bold"
+    )
+    shown.add_column("task", no_wrap=True)
+    for heading in ("data set", "splits", "shots", "metric", *(["state"] if found else [])):
         shown.add_column(heading, overflow="fold")
     for task in tasks:
         row = [
             task.name,
             task.dataset,
-            f"{task.split}, {task.support_split}",
+            ", ".join(dict.fromkeys((task.split, task.support_split))),
             ",".join(map(str, task.shots)),
             task.metric,
         ]
-        shown.add_row(*row, *([_state(found[task.name])] if found else []))
+        shown.add_row(*row, *([_state(task, root, found[task.name])] if found else []))
     files = Table(box=SIMPLE, pad_edge=False, title="files that they expect", title_justify="left", title_style="bold")
     for heading in ("folder", "file", "what it is"):
         files.add_column(heading, overflow="fold")
     for name in dict.fromkeys(task.dataset for task in tasks):
         for place, (pattern, what) in enumerate(load_dataset(name, root).files.items()):
             files.add_row("" if place else str(folder_of(name, root)), pattern, what)
-    return Group(shown, files)
+    wrong = {_first(faults): None for task in tasks if (faults := found.get(task.name)) and _is_there(task, root)}
+    return Group(shown, *map(Text, wrong), files)
 
 
-def _state(found: Sequence[str]) -> str:
-    if not found:
-        return "ready"
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{found[0]}{more}"
+def _state(task: Task, root: Path, faults: Sequence[str]) -> str:
+    """In a word: a folder that is not there needs no more, what is wrong with others is told below the table."""
+    return "ready" if not faults else "faulty" if _is_there(task, root) else "no folder"
+
+
+def _is_there(task: Task, root: Path) -> bool:
+    return folder_of(task.dataset, root).is_dir()
+
+
+def _first(faults: Sequence[str]) -> str:
+    return faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
