@@ -64,7 +64,7 @@ def faults(task: Task, root: Path) -> list[str]:
 
 
 def listing(tasks: Sequence[Task], root: Path, found: dict[str, list[str]]) -> Group:
-    """What each task is (its splits: of the queries, and of the demonstrations where that is another), what is wrong with
+    """What each task is (splits: of the queries, and of the demonstrations where that is another), what is wrong with
     files that are there, then by data set the files that it expects.
 
     Args:
