@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,7 +119,7 @@ def quickstart(recipe: Quickstart, group: Processes) -> None:
         with timed(stages, "report", out, group, anew=True):
             report(recipe, scores, account)
         write_text(out / "summary.json", json.dumps(summarised(recipe, scores), indent=1) + "\n")
-    get_console().print(table(scores.tasks))
+    get_console().print(table(scores.tasks[UNTUNED]))
     if scores.instructions:
         get_console().print(comparison_table(scores.instructions))
 
@@ -239,58 +239,43 @@ def hold_out_instructions(recipe: Quickstart, group: Processes) -> None:
 
 @dataclass
 class Scores:
-    """What the models of a run scored.
+    """What the models of a run scored, by their names.
 
     Attributes:
-        tasks: the pretrained model, on all tasks.
-        kept: the tuned one, on those of `KEPT`; None where there is none.
-        instructions: both models, by their names, on the held-out instructions `items`.
+        tasks: the pretrained model on all tasks, the tuned one on those of `KEPT`.
+        instructions: both on the held-out instructions `items`; empty where nothing was tuned.
     """
 
-    tasks: Results
-    kept: Results | None = None
+    tasks: dict[str, Results] = field(default_factory=dict)
     instructions: dict[str, InstructionResults] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
 
 
 def score(recipe: Quickstart, models: dict[str, Path], stages: Stages, group: Processes) -> Scores:
     """The pretrained model at all tasks, shots and controls; where there is a tuned one, both on the instructions."""
-    scores = Scores(score_tasks(recipe, models[UNTUNED], TASKS, CONTROLS, stages, group))
-    if TUNED in models:
-        scores.kept = score_tasks(recipe, models[TUNED], KEPT, (), stages, group)
-        scores.items = load_instructions(held_out(recipe))
-        for name, folder in models.items():
-            model, processor = load(str(folder), str(group.device))
+    scores = Scores(items=load_instructions(held_out(recipe)) if TUNED in models else [])
+    common: dict[str, Any] = {"batch_size": recipe.eval_batch, "seed": recipe.seed}
+    for name, folder in models.items():
+        model, processor = load(str(folder), str(group.device))
+        facts = {"model": model_identity(str(folder))}
+        tasks, controls = (TASKS, CONTROLS) if name == UNTUNED else (KEPT, ())
+        scores.tasks[name] = evaluate(
+            model,
+            processor,
+            [load_task(task) for task in tasks],
+            controls=controls,
+            queries=recipe.episodes,
+            progress=noting(stages),
+            facts=facts,
+            **common,
+        )
+        if scores.items:
             found = evaluate_instructions(
-                model,
-                processor,
-                scores.items,
-                batch_size=recipe.eval_batch,
-                seed=recipe.seed,
-                progress=noting(stages, f"{name}, "),
+                model, processor, scores.items, progress=noting(stages, f"{name}, "), **common
             )
-            found.facts["model"] = model_identity(str(folder))
+            found.facts |= facts
             scores.instructions[name] = found
     return scores
-
-
-def score_tasks(
-    recipe: Quickstart, folder: Path, tasks: Sequence[str], controls: Sequence[str], stages: Stages, group: Processes
-) -> Results:
-    """A model on some tasks."""
-    model, processor = load(str(folder), str(group.device))
-    results = evaluate(
-        model,
-        processor,
-        [load_task(name) for name in tasks],
-        controls=controls,
-        queries=recipe.episodes,
-        batch_size=recipe.eval_batch,
-        seed=recipe.seed,
-        progress=noting(stages),
-    )
-    results.facts["model"] = model_identity(str(folder))
-    return results
 
 
 def noting(stages: Stages, about: str = "") -> Progress:
@@ -301,14 +286,13 @@ def noting(stages: Stages, about: str = "") -> Progress:
 def report(recipe: Quickstart, scores: Scores, account: dict[str, Any]) -> None:
     """Write all results and the page that shows them."""
     out = Path(recipe.out)
-    scores.tasks.save(out)
+    for name, results in scores.tasks.items():
+        results.save(out if name == UNTUNED else out / name)
     for name, found in scores.instructions.items():
         found.save(out, f"instructions_{name}")
-    if scores.kept is not None:
-        scores.kept.save(out / TUNED)
     write_report(
         out / "report.html",
-        results=scores.tasks,
+        results=scores.tasks[UNTUNED],
         training_log=read_rows(out / METRICS_FILE),
         account=account,
         timings=read_seconds(out),
@@ -321,15 +305,14 @@ def report(recipe: Quickstart, scores: Scores, account: dict[str, Any]) -> None:
 
 def summarised(recipe: Quickstart, scores: Scores) -> dict[str, Any]:
     """The content of summary.json: which run it is, how long it took, and all scores."""
-    models = {UNTUNED: scores.tasks, TUNED: scores.kept}
     found: dict[str, Any] = {
         **asked(recipe),
         "seconds": read_seconds(Path(recipe.out)),
-        **summary(scores.tasks),
-        "models": {name: each.facts["model"]["sha256"] for name, each in models.items() if each is not None},
+        **summary(scores.tasks[UNTUNED]),
+        "models": {name: each.facts["model"]["sha256"] for name, each in scores.tasks.items()},
     }
-    if scores.kept is not None:
-        found["tasks_tuned"] = summary(scores.kept)["tasks"]
+    if TUNED in scores.tasks:
+        found["tasks_tuned"] = summary(scores.tasks[TUNED])["tasks"]
         found["instructions"] = {name: each.summary() for name, each in scores.instructions.items()}
     return found
 
