@@ -35,7 +35,7 @@ import numpy as np
 from data_shards.sources.mimic_it import MimicItReader
 from flamingo.document import Medium, Text
 from flamingo.errors import FlamingoError
-from flamingo.files import whole, write_text
+from flamingo.files import read_object, whole, write_text
 from flamingo.instructions import ANSWER, Turn, instruction_document
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
@@ -109,12 +109,7 @@ def load_instructions(folder: str | Path) -> list[Item]:
 
 def _read(path: Path, kind: type) -> dict[str, Any]:
     """A JSON object whose values are all of one type."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FlamingoError(f"{path}: expected a JSON object ({error})") from error
-    if not isinstance(content, dict):
-        raise FlamingoError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    content = read_object(path)
     for key, value in content.items():
         texts = value if isinstance(value, list) else [value]
         if not isinstance(value, kind) or not all(isinstance(each, str) for each in texts):
