@@ -2,10 +2,10 @@
 
 Every run is compared with the first. Where each query is right or wrong by itself the test is McNemar's, exact (McNemar
 1947): of the queries that one run alone gets right, is the share of either run's a half? For figures of any other kind
-(captions, areas under curves), and where several queries ask about one picture, the queries are drawn anew for both
-runs at once (`icl_eval.metrics.bootstrap`), and p is twice the share of draws on the other side of no difference.
-Intervals of differences are of that paired bootstrap in all cases: they are narrower than the runs' own intervals
-suggest, since hard queries are hard for both. Beside p stands p by Holm's correction for the number of tests (1979).
+(captions, areas under curves), and where several queries ask about one picture, it is a randomisation test
+(`icl_eval.metrics.paired`). Intervals of differences come of a bootstrap that draws the queries anew for both runs at
+once: they are narrower than the runs' own intervals suggest, since hard queries are hard for both. Beside p stands p
+by Holm's correction for the number of tests (1979).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from flamingo.errors import FlamingoError
 from flamingo.files import write_text
 from icl_eval.metrics import METRICS
 from icl_eval.metrics.bootstrap import LEVEL, RESAMPLES, percentiles, resampled
-from icl_eval.metrics.metric import Prepared
+from icl_eval.metrics.metric import Metric, Prepared
+from icl_eval.metrics.paired import Difference, of_scores, of_values, randomisation_p
 from icl_eval.saved import Key, Predictions, SavedResults, named, parse
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = 1
-MCNEMAR, BOOTSTRAP = "McNemar, exact", "paired bootstrap"
+MCNEMAR, RANDOMISATION = "McNemar, exact", "paired randomisation"
 SIGNIFICANT = 0.05
 ROUNDED = 1e-4
 """How far a figure may move by the rounding of the scores in predictions.jsonl."""
@@ -51,9 +52,9 @@ class CompareOptions:
     controls: bool = False
     """compare the cells under controls too"""
     resamples: int = RESAMPLES
-    """of the bootstrap"""
+    """of the bootstrap, and draws of the randomisation test"""
     seed: int = 0
-    """of the bootstrap's draws"""
+    """of both"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Row:
         run: which run is compared with the first.
         queries: that both were asked.
         figures: of the metric, the headline first.
-        test: `MCNEMAR` or `BOOTSTRAP`, of the headline.
+        test: `MCNEMAR` or `RANDOMISATION`, of the headline.
         p: of the headline, two-sided; `p_holm`: corrected for all tests of the comparison.
         only_first, only_run: queries that one of them alone got right; None where queries are not right or wrong.
     """
@@ -147,7 +148,7 @@ class Comparison:
         tests = f"{len(self.rows)} test{'' if len(self.rows) == 1 else 's'}"
         return [
             f"below p, as corrected for {tests} (Holm); bold below {SIGNIFICANT}",
-            f"p is McNemar's, exact, where it says how many each run alone gets right, else of the {BOOTSTRAP}",
+            f"p is McNemar's, exact, where it says how many each run alone gets right, else of a {RANDOMISATION}",
         ]
 
 
@@ -167,8 +168,8 @@ def compare(
         other_prompts: allow the same queries to have been asked by different prompts.
         shared_queries: leave out queries that not all runs have.
         controls: also compare cells under controls.
-        resamples: of the bootstrap.
-        seed: of the bootstrap's draws.
+        resamples: of the bootstrap, and draws of the randomisation test.
+        seed: of both.
 
     Raises:
         FlamingoError: fewer than two runs; no cell in common; another metric, other queries or prompts than allowed;
@@ -280,11 +281,18 @@ def _truth(line: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Answers:
-    """A run's answers to a cell: under its metric, how many they are, and the pictures that they hang together by."""
+    """A run's answers to a cell: as they are, under its metric, and the pictures that they hang together by."""
 
+    metric: Metric
+    predictions: list[Any]
+    targets: list[Any]
     prepared: Prepared
-    queries: int
     groups: list[str] | None
+
+    @property
+    def queries(self) -> int:
+        """How many."""
+        return len(self.predictions)
 
 
 def _answers(results: SavedResults, key: Key, lines: Lines) -> Answers:
@@ -301,14 +309,15 @@ def _answers(results: SavedResults, key: Key, lines: Lines) -> Answers:
     if groups and len(groups) < len(lines):
         raise FlamingoError(f"{results.folder}: {named(key)}: some predictions have no group, expected all or none")
     predictions, targets = [line["prediction"] for line in lines], [line["target"] for line in lines]
-    prepared = METRICS[score.metric].prepared(predictions, targets, groups or None)
+    metric = METRICS[score.metric]
+    prepared = metric.prepared(predictions, targets, groups or None)
     found = float(prepared.figures(np.ones((1, len(lines))))[0, 0])
     if len(lines) == score.queries and abs(found - score.value) > ROUNDED:
         raise FlamingoError(
             f"{results.folder}: {named(key)}: predictions.jsonl gives {found:.6f}, results.json {score.value:.6f}: "
             "expected files of one evaluation"
         )
-    return Answers(prepared, len(lines), groups or None)
+    return Answers(metric, predictions, targets, prepared, groups or None)
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------
@@ -328,11 +337,19 @@ def _row(key: Key, run: str, one: Answers, two: Answers, resamples: int, seed: i
     shared = [name for name in first.whole if name in other.whole]
     figures |= {name: _change(first.whole[name], other.whole[name], None) for name in shared}
     alone = right_alone(first, other) if groups is None or len(set(groups)) == len(groups) else None
-    if alone is None:
-        p = bootstrap_p(drawn[:, 0])
-        return Row(*key, run, one.queries, figures, BOOTSTRAP, p, p)
-    p = mcnemar_p(*alone)
-    return Row(*key, run, one.queries, figures, MCNEMAR, p, p, *alone)
+    if alone is not None:
+        p = mcnemar_p(*alone)
+        return Row(*key, run, one.queries, figures, MCNEMAR, p, p, *alone)
+    p = randomisation_p(_swapped(one, two), one.queries, groups=groups, resamples=resamples, seed=seed)
+    return Row(*key, run, one.queries, figures, RANDOMISATION, p, p)
+
+
+def _swapped(one: Answers, two: Answers) -> Difference:
+    """How much the headline differs where answers are exchanged."""
+    first, other = one.prepared.per_item, two.prepared.per_item
+    if first is not None and other is not None:
+        return of_values(first, other)
+    return of_scores(one.metric, one.predictions, two.predictions, one.targets)
 
 
 def _change(first: float, value: float, interval: tuple[float, float] | None) -> Change:
@@ -355,13 +372,6 @@ def mcnemar_p(only_first: int, only_other: int) -> float:
     from scipy.special import bdtr
 
     return min(1.0, 2 * float(bdtr(min(only_first, only_other), only_first + only_other, 0.5)))
-
-
-def bootstrap_p(differences: np.ndarray) -> float:
-    """Twice the share of resampled differences (R,) on the rarer side of 0, with those at 0 and one more: never 0."""
-    defined = differences[~np.isnan(differences)]
-    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
-    return min(1.0, 2 * (1 + int(rarer)) / (1 + len(defined)))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 `METRICS[name](predictions, targets)` gives one value for each query of a cell where there is one; `.score(…)` gives all
 figures with 95 % intervals and says how they came about. "captions" is "cider" and METEOR, for which it runs Java.
 
-Reading order: bootstrap.py, metric.py, classification.py, tokenizer.py, captions.py, stems.py, vqa.py,
+Reading order: bootstrap.py, metric.py, paired.py, classification.py, tokenizer.py, captions.py, stems.py, vqa.py,
 hallucination.py.
 """
 

@@ -35,6 +35,21 @@ def draws(units: int, *, resamples: int = RESAMPLES, seed: int = 0, width: int =
         yield np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float64)
 
 
+def swaps(
+    queries: int, member: np.ndarray | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Fair coins, one for each query, or for each group by `member`, see `members`: rows (r, queries) of 0.0 and 1.0.
+
+    `resamples` of them in all, as many at a time as are held easily.
+    """
+    rng = np.random.default_rng(seed)
+    units = queries if member is None else int(member.max()) + 1
+    block = max(1, _CELLS // (2 * queries))
+    for start in range(0, resamples, block):
+        coins = rng.integers(2, size=(min(block, resamples - start), units)).astype(np.float64)
+        yield coins if member is None else coins[:, member]
+
+
 def bootstrap(
     figures: Figures,
     queries: int,
@@ -81,7 +96,7 @@ def resampled(
     if groups is None:
         rows = [figures(weights) for weights in draws(queries, resamples=resamples, seed=seed)]
     else:
-        member = np.unique(_labels(groups, queries), return_inverse=True)[1]
+        member = members(groups, queries)
         units = int(member.max()) + 1
         blocks = draws(units, resamples=resamples, seed=seed, width=queries)
         rows = [figures(weights[:, member]) for weights in blocks]
@@ -138,7 +153,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
 
 
-def _labels(groups: Sequence[object], queries: int) -> np.ndarray:
+def members(groups: Sequence[object], queries: int) -> np.ndarray:
+    """The group of each query as a number from 0: (Q,) int.
+
+    Raises:
+        FlamingoError: not as many groups as queries.
+    """
     if len(groups) != queries:
         raise FlamingoError(f"groups: {len(groups)}, expected one for each of {queries} queries")
-    return np.array([str(group) for group in groups])
+    return np.unique(np.array([str(group) for group in groups]), return_inverse=True)[1]

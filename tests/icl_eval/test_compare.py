@@ -11,7 +11,7 @@ import pytest
 
 from flamingo import FlamingoError
 from icl_eval import run
-from icl_eval.compare import BOOTSTRAP, MCNEMAR, bootstrap_p, compare, holm, main, mcnemar_p
+from icl_eval.compare import MCNEMAR, RANDOMISATION, compare, holm, main, mcnemar_p
 from icl_eval.saved import read_results
 from tests.icl_eval.runs import lines_of, write_run
 
@@ -59,13 +59,13 @@ def test_corpus_metrics_are_resampled_for_both_runs_at_once(tmp_path):
     parts = [lines_of(each.round(6).tolist(), targets.tolist()) for each in (scores, better)]
     found = runs(tmp_path, *parts, metric="roc_auc")
     (row,) = compare(found).rows
-    assert row.test == BOOTSTRAP and row.only_first is None
+    assert row.test == RANDOMISATION and row.only_first is None
     _, change = row.headline
     low, high = change.interval
     own = found["a"].cells["cats", 1, None].score.interval
     assert 0 < low < change.difference < high
     assert high - low < 0.4 * (own[1] - own[0])
-    assert row.p == pytest.approx(2 / 2001)
+    assert row.p == pytest.approx(1 / 2001)
 
 
 def test_all_figures_of_a_metric_are_compared(tmp_path):
@@ -85,8 +85,8 @@ def test_queries_about_one_picture_are_no_independent_evidence(tmp_path):
     groups = ["x"] * 20 + ["y"] * 20
     one, two = (lines_of(answers, TARGETS, group=groups) for answers in ([0] * 40, [0] * 20 + [1] * 20))
     (row,) = compare(runs(tmp_path, one, two)).rows
-    assert row.test == BOOTSTRAP
-    assert row.p > 0.4, "the other picture alone may be drawn"
+    assert row.test == RANDOMISATION
+    assert row.p == 1.0, "one picture's answers alone differ, and might as well be the other run's"
     assert row.headline[1].interval == (-1.0, 0.0)
 
 
@@ -97,8 +97,17 @@ def test_equal_runs_do_not_differ(tmp_path):
         (row,) = compare(runs(tmp_path / metric, lines, lines, metric=metric)).rows
         assert row.p == row.p_holm == 1.0
         assert row.headline[1].interval == (0.0, 0.0)
-        assert row.test == (MCNEMAR if metric == "accuracy" else BOOTSTRAP), "captions are not right or wrong"
-    assert bootstrap_p(np.array([np.nan, 0.1, 0.2])) == pytest.approx(2 / 3), "undefined draws do not count"
+        assert row.test == (MCNEMAR if metric == "accuracy" else RANDOMISATION), "captions are not right or wrong"
+
+
+@pytest.mark.parametrize("metric", ["vqa_accuracy", "roc_auc"])
+def test_few_queries_are_no_evidence(tmp_path, metric):
+    """p of .001 for one question, or for two answers: all bootstrap draws are then on one side of no difference."""
+    targets = [["a", "a", "a", "b", "b"]] if metric == "vqa_accuracy" else [0, 1]
+    worse, better = (["c"], ["b"]) if metric == "vqa_accuracy" else ([0.2, 0.1], [0.1, 0.2])
+    (row,) = compare(runs(tmp_path, *(lines_of(each, targets) for each in (worse, better)), metric=metric)).rows
+    assert row.headline[1].difference > 0 and row.test == RANDOMISATION
+    assert row.p > 0.4
 
 
 def test_p_is_corrected_for_the_number_of_tests(tmp_path):
