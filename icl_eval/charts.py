@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 34  # margins, in SVG units (pixels at natural size)
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 38  # margins, in SVG units (pixels at natural size)
+LABEL = 18  # what the y axis's label takes above a chart
 COLOURS = 8  # --c0 … --c7 of the style sheet
 
 
@@ -44,6 +45,25 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2, 5, 10, … times a power of ten from the last at or below `low` to the first at or above `high`."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+    begin = max(place for place, at in enumerate(steps) if at <= low * (1 + 1e-9))
+    end = min(place for place, at in enumerate(steps) if at >= high * (1 - 1e-9))
+    return steps[begin : max(end, begin + 1) + 1]
+
+
+def tick_names(places: Sequence[float]) -> list[str]:
+    """Of `ticks`: with as many decimals as their distance has."""
+    if len(places) < 2:
+        return [number(at) for at in places]
+    decimals = max(0, -math.floor(math.log10(places[1] - places[0]) + 1e-9))
+    if decimals > 4:
+        return [f"{at:.6g}" for at in places]
+    return [f"{at:,.{decimals}f}".rstrip("0").rstrip(".") if decimals else f"{at:,.0f}" for at in places]
+
+
 def number(value: float) -> str:
     """As short as it can be read: 0.25, 1200, 3e-04."""
     if value and abs(value) < 1e-3:
@@ -66,7 +86,9 @@ def line_chart(
     *,
     title: str,
     x_label: str,
+    y_label: str = "",
     y_range: tuple[float, float] | None = None,
+    log: bool = False,
     x_names: Sequence[str] = (),
     references: Sequence[tuple[str, float]] = (),
     size: tuple[int, int] = (560, 300),
@@ -77,7 +99,9 @@ def line_chart(
         series: at least one, with at least one point.
         title: read out by screen readers.
         x_label: below the axis.
+        y_label: above the y axis.
         y_range: of the axis; default: that of the points and references.
+        log: whether the y axis is logarithmic; then all y are above 0, and the axis ends at ticks.
         x_names: names of x = 0, 1, …, where x counts categories.
         references: dashed horizontal lines, as (name, y).
         size: width and height in SVG units.
@@ -87,17 +111,18 @@ def line_chart(
     ys = [y for line in series for y in (*line.y, *line.low, *line.high)] + [at for _, at in references]
     low, high = y_range or (min(ys), max(ys) if max(ys) > min(ys) else min(ys) + 1)
     first, last = (-0.15, len(x_names) - 0.85) if x_names else (min(xs), max(*xs, min(xs) + 1))
-    x, y = _scale(first, last, LEFT, width - RIGHT), _scale(low, high, height - BOTTOM, TOP)
-    parts = []
-    for at in ticks(low, high):
+    rows, columns = log_ticks(low, high) if log else ticks(low, high), ticks(min(xs), max(xs))
+    low, high = (rows[0], rows[-1]) if log else (low, high)
+    x = _scale(first, last, LEFT, width - RIGHT)
+    y = (_log_scale if log else _scale)(low, high, height - BOTTOM, TOP + LABEL if y_label else TOP)
+    parts = [_text("axis", 0, TOP, y_label, "start")] if y_label else []
+    for at, name in zip(rows, map(number, rows) if log else tick_names(rows), strict=True):
         parts.append(_line("grid", LEFT, y(at), width - RIGHT, y(at)))
-        parts.append(_text("tick", LEFT - 7, y(at) + 4, number(at), "end"))
-    for at, name in enumerate(x_names) if x_names else [(at, number(at)) for at in ticks(min(xs), max(xs))]:
+        parts.append(_text("tick", LEFT - 7, y(at) + 4, name, "end"))
+    for at, name in enumerate(x_names) if x_names else zip(columns, tick_names(columns), strict=True):
         parts.append(_text("tick", x(at), height - BOTTOM + 16, name, "middle"))
     parts.append(_text("axis", (LEFT + width - RIGHT) / 2, height - 3, x_label, "middle"))
-    for name, at in references:
-        parts.append(_line("reference", LEFT, y(at), width - RIGHT, y(at)))
-        parts.append(_text("tick", width - RIGHT, y(at) - 5, name, "end"))
+    parts += [_line("reference", LEFT, y(at), width - RIGHT, y(at)) for _, at in references]
     for line in (line for line in series if line.low):
         edge = [*zip(line.x, line.high, strict=True), *reversed(list(zip(line.x, line.low, strict=True)))]
         parts.append(f'<polygon class="band f{line.colour}" points="{_points(edge, x, y)}"/>')
@@ -105,8 +130,9 @@ def line_chart(
         points = list(zip(line.x, line.y, strict=True))
         named = f"<title>{escape(line.name)}</title>"
         parts.append(f'<polyline class="line s{line.colour}" points="{_points(points, x, y)}">{named}</polyline>')
-        if line.dots:
+        if line.dots or len(points) == 1:  # of one point nothing else is seen
             parts += [_dot(f"f{line.colour}", x(a), y(b), f"{line.name}: {b:.3f}") for a, b in points]
+    parts += [_text("tick halo", width - RIGHT, y(at) - 5, name, "end") for name, at in references]
     return _svg(title, width, height, parts)
 
 
@@ -114,6 +140,7 @@ def interval_chart(
     rows: Sequence[Interval],
     *,
     title: str,
+    x_label: str,
     chance: float | None,
     margin: float,
     colour: int,
@@ -125,6 +152,7 @@ def interval_chart(
     Args:
         rows: at least one.
         title: read out by screen readers.
+        x_label: below the axis.
         chance: a dashed line, if any; shaded: `margin` around it.
         margin: see there.
         colour: of the strong row.
@@ -132,7 +160,7 @@ def interval_chart(
         size: width and height in SVG units; height 0: as many rows need.
     """
     width, height = size[0], size[1] or TOP + BOTTOM + 24 * len(rows)
-    left, bottom = 130, height - BOTTOM
+    left, bottom = 140, height - BOTTOM
     end = most or max(*(row.high for row in rows), chance or 0.0) or 1.0
     x = _scale(0, end, left, width - RIGHT)
     parts = []
@@ -141,9 +169,11 @@ def interval_chart(
         parts.append(
             f'<rect class="margin" x="{near:.1f}" width="{far - near:.1f}" y="{TOP}" height="{bottom - TOP}"/>'
         )
-    for at in (0, 0.25, 0.5, 0.75, 1) if most == 1 else ticks(0, end):
+    columns = ticks(0, end)
+    for at, name in zip(columns, tick_names(columns), strict=True):
         parts.append(_line("grid", x(at), TOP, x(at), bottom))
-        parts.append(_text("tick", x(at), bottom + 16, number(at), "middle"))
+        parts.append(_text("tick", x(at), bottom + 16, name, "middle"))
+    parts.append(_text("axis", (left + width - RIGHT) / 2, height - 3, x_label, "middle"))
     if chance is not None:
         parts.append(_line("reference", x(chance), TOP, x(chance), bottom))
     for place, row in enumerate(rows):
@@ -156,6 +186,11 @@ def interval_chart(
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _log_scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    place = _scale(math.log10(low), math.log10(high), start, end)
+    return lambda value: place(math.log10(value))
 
 
 def _points(points: Sequence[tuple[float, float]], x: Callable[[float], float], y: Callable[[float], float]) -> str:

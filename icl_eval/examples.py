@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image as PilImage
 
-from flamingo.document import Video
+from flamingo.document import Image, Video
+from flamingo.images import decode
 from icl_eval.engine import Chunk
 from icl_eval.evaluation import Cell, Results
 from icl_eval.outcomes import Outcome
@@ -26,6 +27,8 @@ SIDE = 160
 """pixels of the longer side of a small picture, at most"""
 LARGE = 20_000
 """bytes of a picture that is too large to be put into a page"""
+SHOWN = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
+"""first bytes of files that every browser shows → their kind"""
 
 T = TypeVar("T")
 Part = bytes | str
@@ -147,21 +150,21 @@ def readable_cell(results: Results, task: str) -> Cell:
 
 
 def examples(results: Results, count: int) -> list[Answered]:
-    """`count` answers to look at: half of them wrong where there are as many, taken from all tasks in turn."""
+    """`count` answers to look at, if there are: half of them wrong where possible, taken from all tasks in turn."""
     readers = {name: Reader(task, results.data) for name, task in results.tasks.items()}
     cells = {name: readable_cell(results, name) for name in results.tasks}
     found = {name: _first_of_each(cell, count) for name, cell in cells.items()}
     wrong, right = (list(_in_turn({name: each[good] for name, each in found.items()})) for good in (False, True))
-    chosen = wrong[: count // 2]
-    chosen += right[: count - len(chosen)]
+    rights = min(len(right), max(count - count // 2, count - len(wrong)))
+    chosen = wrong[: count - rights] + right[:rights]
     return [readers[name].answered(cells[name], *each) for name, each in chosen]
 
 
 def _first_of_each(cell: Cell, count: int) -> dict[bool, list[tuple[int, Outcome]]]:
     """The first queries that were answered well, and those that were not, as many of each as may be needed."""
     values = cell.score.per_item
-    # Captions have no right and wrong: what is above the mean counts as good.
-    enough = 1.0 if values is None or values.max() <= 1 else float(values.mean())
+    # Captions have no right and wrong, and a weak model may have no whole value: what is above the mean counts as good.
+    enough = 1.0 if values is None or values.max() == 1 else float(values.mean())
     found: dict[bool, list[tuple[int, Outcome]]] = defaultdict(list)
     for place, outcome in enumerate(cell.outcomes):
         good = outcome.answer == outcome.right if values is None else bool(values[place] >= enough)
@@ -181,15 +184,15 @@ def _in_turn(by_task: Mapping[str, Sequence[T]]) -> Iterator[tuple[str, T]]:
 
 
 def small(data: bytes) -> PilImage.Image:
-    """A picture, its longer side at most `SIDE` pixels."""
-    picture = PilImage.open(io.BytesIO(data)).convert("RGB")
+    """A picture as models see it (upright, on white), its longer side at most `SIDE` pixels."""
+    picture = PilImage.fromarray(decode(Image(data), 3).permute(1, 2, 0).numpy())
     picture.thumbnail((SIDE, SIDE))
     return picture
 
 
 def thumbnail(data: bytes) -> bytes:
-    """A picture's file as it is, or where that is large a small JPEG of it."""
-    if len(data) <= LARGE:
+    """A picture's file as it is, or, where that is large or browsers do not show it, a small JPEG of it."""
+    if len(data) <= LARGE and data.startswith(tuple(SHOWN)):
         return data
     made = io.BytesIO()
     small(data).save(made, "JPEG", quality=85)

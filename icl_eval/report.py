@@ -19,7 +19,7 @@ from icl_eval import comparison
 from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
 from icl_eval.evaluation import Cell, Results
-from icl_eval.examples import examples, thumbnail
+from icl_eval.examples import SHOWN, examples, thumbnail
 from icl_eval.instructions import InstructionResults, Item
 from icl_eval.metrics import Figure
 from icl_eval.tasks import Task
@@ -29,7 +29,6 @@ EXAMPLES = 12
 SHORT = 24  # letters of a text that stands under its picture, rather than beside it
 EMBEDDED = ("glyphs", "digits")  # data sets whose episodes have the form of those that the embedded world trains on
 NO_SHARES = ("cider", "captions", "mme")  # metrics whose headline is no share of the queries
-SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
 OTHER_ORDERS = "the demonstrations in other orders"
 CONTROL_NAMES = {
     "gates_at_zero": ("gates at zero", "no picture reaches the language model"),
@@ -93,6 +92,7 @@ def write_report(
         controls=_control_charts(results),
         control_names=_control_names(results),
         control_shots=CONTROL_SHOTS,
+        falling=[CONTROL_NAMES[name][0] for name in _controls(results) if name in CONTROLS],
         worst_control=_worst_control(results),
         margin=MARGIN,
         curves=_curves(rows),
@@ -105,7 +105,8 @@ def write_report(
         facts=rows_of_facts,
         folded=folded,
         short=SHORT,
-        uri=lambda data: _data_uri(thumbnail(data)),
+        shots_in_words=_shots_in_words,
+        uri=_data_uri,
     )
     path = Path(path)
     write_text(path, page)
@@ -143,34 +144,40 @@ def _headline(results: Results) -> str:
         return ""
     name = "glyphs_5way" if "glyphs_5way" in ladders else ladders[0]
     cells, task = _plain(results, name), results.tasks[name]
-    once, most = next((cell for cell in cells if cell.shots), cells[-1]), cells[-1]
-    seen = "once" if once.shots == 1 else f"{once.shots} times"
-    never = "it had never seen " if task.dataset in EMBEDDED else ""
+    few, most = next(cell for cell in cells if cell.shots), cells[-1]
+    shown = "one picture" if few.shots == 1 else f"{few.shots} pictures"
+    never = " that it had never seen" if task.dataset in EMBEDDED else ""
+    after = f"; after {most.shots} pictures of each, in {most.value:.1%}" if most is not few else ""
     return (
-        f"Shown each of {task.ways} classes {never}{seen}, under invented names, the model named a new picture "
-        f"right in {once.value:.1%} of {len(once.outcomes):,} episodes; after {most.shots} pictures of each, in "
-        f"{most.value:.1%}. Guessing gives {task.chance:.0%}."
+        f"Shown {shown} of each of {task.ways} classes{never}, under invented names, the model named a new picture "
+        f"right in {few.value:.1%} of {len(few.outcomes):,} episodes{after}. Guessing gives {task.chance:.0%}."
     )
 
 
-def _tiles(results: Results) -> list[dict[str, str]]:
-    tiles = []
+def _shots_in_words(shots: int) -> str:
+    return f"{shots} shot{'' if shots == 1 else 's'}"
+
+
+def _tiles(results: Results) -> list[dict[str, Any]]:
+    tiles: list[dict[str, Any]] = []
     for name, task in results.tasks.items():
         cells = _plain(results, name)
         cell = next((cell for cell in cells if cell.shots == CONTROL_SHOTS), cells[-1])
-        factor, unit = (100, "%") if _is_share(task) else (1, "")
-        form = f"{{:.{1 if unit else 3}f}}"
+        factor, unit, form = (100, " %", "{:.1f}") if _is_share(task) else (1, "", "{:.3f}")
         interval = cell.score.interval
-        ends = "" if interval is None else " – ".join(form.format(factor * end) for end in interval)
-        chance = "" if task.chance is None else f"chance {factor * task.chance:.3g}"
-        shots = "no demonstrations" if cell.shots == 0 else f"{cell.shots} {'per class' if task.ways else 'shots'}"
+        ends = "" if interval is None else " – ".join(form.format(factor * end) for end in interval) + unit
+        chance = "" if task.chance is None else f"chance {factor * task.chance:.3g}{unit}"
+        shots = f"{cell.shots} per class" if task.ways else _shots_in_words(cell.shots)
+        shots = shots if cell.shots else "no demonstrations"
         tiles.append(
             {
                 "task": name,
                 "score": form.format(factor * cell.value),
                 "unit": unit,
-                "about": f"{task.ways} ways, {shots}" if task.ways else f"{next(iter(cell.score.figures))}, {shots}",
-                "interval": ", ".join(filter(None, (ends, chance))),
+                "about": [
+                    f"{task.ways} ways, {shots}" if task.ways else f"{next(iter(cell.score.figures))}, {shots}",
+                    *filter(None, (ends, chance)),
+                ],
             }
         )
     return tiles
@@ -221,20 +228,23 @@ def _details(results: Results) -> list[tuple[str, str]]:
 
 
 def _score_charts(results: Results) -> list[dict[str, Any]]:
-    """Scores against shots: all shares of queries in one chart, each other metric in one of its own."""
-    ladders = _ladders(results)
+    """Scores against shots: shares of queries together, each other metric apart, as many lines as there are colours."""
     by_metric: dict[str, list[str]] = {}
-    for name in ladders:
+    for name in _ladders(results):
         task = results.tasks[name]
         by_metric.setdefault("" if _is_share(task) else task.metric, []).append(name)
-    return [_score_chart(results, metric, names, ladders) for metric, names in by_metric.items()]
+    return [
+        _score_chart(results, metric, names[start : start + COLOURS])
+        for metric, names in by_metric.items()
+        for start in range(0, len(names), COLOURS)
+    ]
 
 
-def _score_chart(results: Results, metric: str, names: Sequence[str], ladders: Sequence[str]) -> dict[str, Any]:
+def _score_chart(results: Results, metric: str, names: Sequence[str]) -> dict[str, Any]:
     """A chart of some tasks, with its legend; `metric`: on its own scale, "": shares."""
     shots = sorted({cell.shots for name in names for cell in _plain(results, name)})
     lines, tasks = [], [results.tasks[name] for name in names]
-    colours = {name: ladders.index(name) % COLOURS for name in names}
+    colours = {name: place for place, name in enumerate(names)}
     for name in names:
         cells = _plain(results, name)
         x = [float(shots.index(cell.shots)) for cell in cells]
@@ -247,12 +257,13 @@ def _score_chart(results: Results, metric: str, names: Sequence[str], ladders: S
         lines,
         title=f"{about} against shots",
         x_label=unit,
+        y_label=about,
         y_range=None if metric else (0.0, 1.0),
         x_names=[str(count) for count in shots],
         references=_chances(tasks),
-        size=(760, 380),
+        size=(560, 320),
     )
-    return {"heading": about, "chart": Markup(chart), "legend": list(colours.items())}
+    return {"chart": Markup(chart), "legend": list(colours.items())}
 
 
 def _chances(tasks: Sequence[Task]) -> list[tuple[str, float]]:
@@ -287,6 +298,7 @@ def _control_charts(results: Results) -> list[tuple[str, Markup]]:
         chart = interval_chart(
             rows,
             title=f"controls of {name}",
+            x_label=next(iter(next(iter(found.values())).score.figures)),
             chance=task.chance,
             margin=MARGIN if _falls_to_chance(task) else 0.0,
             colour=place % COLOURS,
@@ -326,7 +338,7 @@ def _curves(rows: Sequence[Mapping[str, float | None]]) -> list[dict[str, Any]]:
     """Charts of the training log, each with its legend."""
     curves = []
     for heading, prefix, unit in (
-        ("Loss", "loss", "nats per supervised token"),
+        ("Loss", "loss", "nats per supervised token, running mean"),
         ("Gates", "gate/", "tanh of each gate: how far it is open"),
         ("Learning rate", "learning_rate", "by group of parameters"),
     ):
@@ -373,13 +385,13 @@ def _instructions(runs: comparison.Runs, items: Sequence[Item]) -> dict[str, Any
         "tables": [table for table in tables if table[1]],
         "controls": [comparison.CONTROL_NAMES[name] for name in first.controls],
         "examples": comparison.examples(runs, items),
-        "uri": _data_uri,
     }
 
 
 def _data_uri(data: bytes) -> str:
-    suffix = next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), "png")
-    return f"data:image/{suffix};base64,{base64.b64encode(data).decode()}"
+    picture = thumbnail(data)
+    kind = next(kind for start, kind in SHOWN.items() if picture.startswith(start))
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 # -- provenance --------------------------------------------------------------------------------------------------------
@@ -413,4 +425,5 @@ def _facts(results: Results, facts: Mapping[str, Any]) -> tuple[list[tuple[str, 
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

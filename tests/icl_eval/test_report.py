@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from icl_eval import write_report
 from icl_eval.evaluation import Cell, Results
-from icl_eval.examples import LARGE, SIDE, Reader, examples, in_a_row, readable_cell, thumbnail
+from icl_eval.examples import LARGE, SIDE, Reader, examples, in_a_row, readable_cell, small, thumbnail
 from icl_eval.metrics import METRICS
 from icl_eval.outcomes import Outcome
 from icl_eval.tasks import Generation, Task
@@ -163,6 +165,12 @@ def test_examples_are_half_wrong_and_of_all_tasks(results):
     high = replace(graded, score=replace(graded.score, per_item=np.linspace(1, 3, len(COLOURS))))
     above = examples(replace(results, tasks={"colours": CAPTIONS}, cells=[high]), 4)
     assert [each.query_id for each in above] == ["test/0", "test/1", "test/4", "test/5"]
+    weak = replace(graded, score=replace(graded.score, per_item=np.linspace(0, 0.5, len(COLOURS))))
+    poor = examples(replace(results, tasks={"colours": CAPTIONS}, cells=[weak]), 4)
+    assert [each.query_id for each in poor] == ["test/0", "test/1", "test/4", "test/5"], "none of which is whole"
+    always = cell(CHOICES, 2, lambda number: "red")
+    single = examples(replace(results, tasks={"which": CHOICES}, cells=[always]), 6)
+    assert [each.is_right for each in single] == [False] * 5 + [True], "where one alone is right"
     few = examples(results, 2)
     assert [(each.task, each.query_id) for each in few] == [("colours", "test/1"), ("colours", "test/0")]
 
@@ -200,6 +208,65 @@ def test_report_claims_only_what_holds_for_the_task(page):
     assert "Shown each of" not in page
 
 
+def pages(results, tmp_path):
+    """The page and its visible text."""
+    page = re.sub('base64,[^"]*', "", write_report(tmp_path / "report.html", results=results).read_text())
+    return page, re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", page))
+
+
+def test_the_right_answer_is_there_though_it_was_not_kept(results, tmp_path):
+    """A wrong answer, of a thousand candidates, whose card does not say what would have been right."""
+    plain = results.cell("which", 2)
+    best = [replace(each, candidates=("red", "blue"), scores=(0.0, -1.0)) for each in plain.outcomes]
+    kept = replace(results, tasks={"which": CHOICES}, cells=[replace(plain, outcomes=best)])
+    _, text = pages(kept, tmp_path)
+    assert "magenta, which is none of the best" in text and "blue, which is none" not in text
+
+
+def test_many_tasks_are_told_apart(results, tmp_path):
+    """Lines of a chart in the same colour."""
+    tasks = {f"task-{number}": replace(CHOICES, name=f"task-{number}") for number in range(11)}
+    cells = [cell(task, shots, lambda number: "red") for task in tasks.values() for shots in (0, 2)]
+    page, _ = pages(replace(results, tasks=tasks, cells=cells, seed=dict.fromkeys(tasks, 0)), tmp_path)
+    charts = page.split('class="card beside')[1:]
+    shown = [re.findall(r'<li><i class="b(\d)"></i>([^<]*)<', chart) for chart in charts]
+    assert [name for chart in shown for _, name in chart] == list(tasks)
+    assert [len({colour for colour, _ in chart}) for chart in shown] == [8, 3]
+    assert all("aria-label=" in chart and ">accuracy</text>" in chart and ">shots</text>" in chart for chart in charts)
+
+
+def test_small_things_are_worded_right(results, tmp_path):
+    """A page that says 1 shots, or 1 min 60 s, or after 1 pictures of each what it said before."""
+    task = replace(CHOICES, name="fast", ways=4, names="fresh", shots=(0, 1), chance=0.25)
+    cells = [cell(task, 0, lambda number: "red"), cell(task, 1, lambda number: COLOURS[number])]
+    fast = replace(results, tasks={"fast": task}, cells=cells, seed={"fast": 0}, seconds={"fast": 119.7})
+    _, text = pages(fast, tmp_path)
+    assert "Shown one picture of each of 4 classes, under invented names, the model named" in text
+    assert "right in 100.0% of 8 episodes. Guessing gives 25%." in text
+    assert "fast at 1 shot " in text and "2 min 0 s" in text
+    assert "100.0 – 100.0 % chance 25 %" in text
+
+
+def test_a_phone_shows_the_whole_page(results, tmp_path):
+    """Cards that are cut off at the right of a narrow screen."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("NO BROWSER: install chromium to check how the report looks on a phone")
+    page = write_report(tmp_path / "report.html", results=results).read_text()
+    measure = "const {scrollWidth, clientWidth} = document.documentElement;"
+    measure += "parent.postMessage(`${scrollWidth} of ${clientWidth} pixels wide`, '*')"
+    (tmp_path / "report.html").write_text(f"{page}<script>{measure}</script>")
+    (tmp_path / "phone.html").write_text(
+        "<script>onmessage = (event) => document.body.append(event.data)</script>"
+        '<body><iframe src="report.html" width="390" height="800" style="border: 0"></iframe>'
+    )
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--dump-dom", "--virtual-time-budget=5000", (tmp_path / "phone.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ((needed, there),) = re.findall(r"(\d+) of (\d+) pixels wide", done.stdout)
+    assert needed == there and 300 < int(there) <= 390
+
+
 def test_captions_are_marked_by_their_value(page):
     """A caption of CIDEr 0 or 1 among others, called wrong or right."""
     cards = page.split('class="card example"')[1:]
@@ -215,6 +282,28 @@ def test_large_pictures_are_made_small():
     found = thumbnail(made.getvalue())
     assert len(found) <= LARGE and max(Image.open(io.BytesIO(found)).size) == SIDE
     assert thumbnail(picture("red")) == picture("red")
+
+
+def saved(shown, kind, **options):
+    made = io.BytesIO()
+    shown.save(made, kind, **options)
+    return made.getvalue()
+
+
+def test_pictures_are_shown_as_models_see_them():
+    """Photographs that lie on their side, drawings on black, or files that browsers do not show."""
+    photo = Image.new("RGB", (40, 20), "red")
+    photo.paste("blue", (0, 0, 20, 20))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned to the right: left becomes top
+    upright = small(saved(photo, "JPEG", exif=turned))
+    assert upright.size == (20, 40) and upright.getpixel((10, 5))[2] > 200 > upright.getpixel((10, 35))[2]
+    assert small(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG")).getpixel((4, 4)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((8, 8), 200 << 8, np.uint16))
+    assert small(saved(deep, "PNG")).getpixel((4, 4)) == (200, 200, 200)
+    for kind in ("TIFF", "BMP", "PPM"):
+        assert thumbnail(saved(photo, kind)).startswith(b"\xff\xd8\xff"), kind
+    assert thumbnail(saved(photo, "WEBP")) == saved(photo, "WEBP")
 
 
 def test_rows_of_the_table(results):
