@@ -1,11 +1,13 @@
 """Which examples look like a query (RICES: Yang et al. 2022, arXiv 2109.05014): features of the model's own tower.
 
 A medium's feature is the mean of its patch tokens, each normalised, over all frames, normalised again; an example's is
-that of its media. Those of a support are kept on disk, under the tower's hash, the data set and the split.
+that of its media. Those of a support are kept on disk, under the tower's hash, the data set, the split, and the content
+of some of its media: data sets of one's own may have the same names and ids as others.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,9 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
+from transformers import BaseImageProcessor
 
+from flamingo.backbones import load_vision
+from flamingo.configuration import FlamingoConfig
 from flamingo.errors import FlamingoError
 from flamingo.files import whole
+from flamingo.images import PixelSettings, media_pixels
 from flamingo.modeling import FlamingoForConditionalGeneration, patch_tokens
 from flamingo.processing import FlamingoProcessor
 from icl_eval.datasets import Example
@@ -30,6 +36,8 @@ DECIMALS = 5
 """of similarities: closer ones are tied, and go by id"""
 FIRST = 64
 """how many of the most similar are sorted first"""
+PROBES = 64
+"""examples of a support, evenly spread over it, whose content tells it from another of the same names"""
 
 
 def cache_folder() -> Path:
@@ -42,12 +50,12 @@ class Features:
     """Similarity of the examples of a pool (`icl_eval.demonstrations.Similarity`); every rank makes one.
 
     Args:
-        model: whose vision tower is looked through; `processor`: the model's.
+        model: whose vision tower is looked through, unless the task names another; `processor`: the model's.
         pool: of whose support all media are encoded, unless an earlier run has kept their features.
         cache: folder to keep them in, which all ranks see; default: `cache_folder()`.
 
     Raises:
-        FlamingoError: a medium cannot be read.
+        FlamingoError: a medium, the other tower, or features that were kept cannot be read, or not be written.
     """
 
     def __init__(
@@ -57,7 +65,14 @@ class Features:
         pool: Pool,
         cache: str | Path | None = None,
     ):
-        self.model, self.processor, self.pool = model, processor, pool
+        self.pool, self.tower, image_processor = pool, model.vision_tower, processor.image_processor
+        if pool.task.features:
+            tower, image_processor = load_vision(pool.task.features)
+            self.tower = tower.eval().to(model.device)
+        self.settings = PixelSettings.of(image_processor, int(getattr(self.tower.config, "num_channels", 3)))
+        # A copy: building a composite configuration clears the attention kernels of its parts.
+        self.width = FlamingoConfig(copy.deepcopy(self.tower.config)).vision_width
+        self.hash = tower_hash(self.tower, image_processor)
         self.support = self._kept(Path(cache) if cache else cache_folder())
         ids = [example.id for example in pool.support]
         self.by_id = np.argsort(np.argsort(np.array(ids), kind="stable"), kind="stable")
@@ -77,23 +92,34 @@ class Features:
 
     def _kept(self, cache: Path) -> np.ndarray:
         """Features of the support: (examples, D) float32."""
+        path = cache / "features" / self.hash / self._name()
+        there = [path.is_file()]
+        if is_distributed():  # one answer for all: another evaluation may just be writing it
+            distributed.broadcast_object_list(there)
+        if not there[0]:
+            found = self._made(self.pool.support)
+            if rank_and_ranks()[0] == 0:
+                _write(path, found)
+        wait()
+        try:
+            found = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise FlamingoError(f"{path}: expected features ({error}); remove the file") from error
+        if found.shape != (len(self.pool.support), self.width):
+            raise FlamingoError(
+                f"{path}: features {found.shape}, expected {len(self.pool.support)} rows; remove the file"
+            )
+        return found
+
+    def _name(self) -> str:
+        """Of the file of features of this support."""
         examples, task = self.pool.support, self.pool.task
         about = [[example.id, example.media] for example in examples]
-        digest = hashlib.sha256(json.dumps([task.dataset, task.support_split, about]).encode()).hexdigest()[:16]
-        name = f"{task.dataset.replace(os.sep, '_')}-{task.support_split}-{digest}.npy"
-        path = cache / "features" / tower_hash(self.model.vision_tower, self.processor) / name
-        if not path.is_file():
-            found = self._made(examples)
-            wait()
-            if rank_and_ranks()[0] == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with whole(path) as unfinished, unfinished.open("wb") as file:
-                    np.save(file, found)
-        wait()
-        found = np.load(path)
-        if found.shape != (len(examples), self.model.config.vision_width):
-            raise FlamingoError(f"{path}: features {found.shape}, expected {len(examples)} rows; remove the file")
-        return found
+        probed = examples[:: -(-len(examples) // PROBES)]
+        contents = [sorted(digest.hex() for digest in self.pool.digests(example)) for example in probed]
+        told = json.dumps([task.dataset, task.support_split, about, contents])
+        digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+        return f"{Path(task.dataset).name}-{task.support_split}-{digest}.npy"
 
     def _made(self, examples: Sequence[Example]) -> np.ndarray:
         """Encoded, the blocks shared among the ranks."""
@@ -113,23 +139,32 @@ class Features:
         owners, frames = [], []
         for place, example in enumerate(examples):
             for medium in self.pool.media(self.pool.indices(example)):
-                pixels = self.processor.pixels([medium])[0]
+                pixels = self.settings.normalise(media_pixels([medium], self.settings))[0]
                 owners.append((place, len(pixels)))
                 frames.append(pixels)
-        found = np.zeros((len(examples), self.model.config.vision_width), np.float32)
+        found = np.zeros((len(examples), self.width), np.float32)
         if not frames:
             return found
-        pixels = torch.cat(frames).to(self.model.device, self.model.vision_tower.dtype)
-        tokens = nn.functional.normalize(patch_tokens(self.model.vision_tower, pixels).float(), dim=-1)
+        pixels = torch.cat(frames).to(self.tower.device, self.tower.dtype)
+        tokens = nn.functional.normalize(patch_tokens(self.tower, pixels).float(), dim=-1)
         of_frames = tokens.mean(dim=1).split([count for _, count in owners])
         for (place, _), own in zip(owners, of_frames, strict=True):
             found[place] += nn.functional.normalize(own.mean(dim=0), dim=-1).cpu().numpy()
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
 
-def tower_hash(tower: nn.Module, processor: FlamingoProcessor) -> str:
+def _write(path: Path, features: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, features)
+    except OSError as error:
+        raise FlamingoError(f"{path}: expected a folder to keep features in ({error.strerror})") from error
+
+
+def tower_hash(tower: nn.Module, image_processor: BaseImageProcessor) -> str:
     """SHA-256 of a tower's weights and of how its pictures are prepared, 16 hexadecimal digits."""
-    hashed = hashlib.sha256(processor.image_processor.to_json_string().encode())
+    hashed = hashlib.sha256(image_processor.to_json_string().encode())
     for name, value in sorted(tower.state_dict().items()):
         hashed.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

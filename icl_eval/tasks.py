@@ -59,6 +59,7 @@ class Task:
         generate: how; for `mode: generate`.
         demonstrations: "random" for each query; "fixed" for all queries; "balanced": classes take turns; "rices": those
             whose media look most like the query's, the most similar last.
+        features: for "rices": folder or hub id of the vision tower that media are compared by; empty: the model's own.
         ensemble: orders of the demonstrations over which log-likelihoods are averaged, at most 6.
         within: a field that a query has in common with its demonstrations.
         zero_shot: "honest": nothing stands before the query; "text_only": two demonstrations without their media, as in
@@ -84,6 +85,7 @@ class Task:
     mode: str = "rank"
     generate: Generation | None = None
     demonstrations: str = "random"
+    features: str = ""
     ensemble: int = 1
     within: str = ""
     zero_shot: str = "honest"

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from flamingo import FlamingoError
+from flamingo.backbones import load_vision
 from flamingo.document import Video
+from flamingo.modeling import patch_tokens
 from icl_eval.datasets import Example
 from icl_eval.features import Features, tower_hash
 from icl_eval.sources import Pool
 from icl_eval.tasks import Task
 from tests.icl_eval.made import Made
-from tests.tiny import picture, tiny_flamingo
+from tests.tiny import picture, save_backbones, tiny_flamingo
 
 TASK = Task("made", 1, "made", "test", "<image>{answer}", (2,), support="train", mode="generate", file="f")
 
@@ -70,20 +72,22 @@ def test_a_long_ranking_is_whole(pair, tmp_path):
     assert list(itertools.islice(features.ranking(pool.queries[0]), 5)) == ranking[:5]
 
 
-def test_features_are_kept_for_this_tower_and_these_examples_alone(pair, tmp_path):
+def test_features_are_kept_for_this_tower_and_these_examples_alone(pair, tmp_path, monkeypatch):
     """Pictures encoded anew in every run; features of another tower, of other preparation or examples taken."""
     first = Features(*pair, Pool(TASK, Pictures(SUPPORT, [])), tmp_path)
     again = Pictures(SUPPORT, [])
-    assert np.array_equal(Features(*pair, Pool(TASK, again), tmp_path).support, first.support) and not again.read
-    other = Pictures(SUPPORT[:-1], [])
-    Features(*pair, Pool(TASK, other), tmp_path)
-    assert other.read
+    with monkeypatch.context() as patched:
+        patched.setattr(Features, "_encoded", None)
+        assert np.array_equal(Features(*pair, Pool(TASK, again), tmp_path).support, first.support)
+    assert again.read == 6, "each medium once, for its content"
+    Features(*pair, Pool(TASK, Pictures(SUPPORT[:-1], [])), tmp_path)
+    assert len(list(tmp_path.rglob("*.npy"))) == 2
     model, processor = pair
-    before = tower_hash(model.vision_tower, processor)
+    before = tower_hash(model.vision_tower, processor.image_processor)
     with torch.no_grad():
         weight = next(model.vision_tower.parameters())
         weight.view(-1)[0] += 1
-        assert tower_hash(model.vision_tower, processor) != before
+        assert tower_hash(model.vision_tower, processor.image_processor) != before
         weight.view(-1)[0] -= 1
     (path,) = [path for path in tmp_path.rglob("*.npy") if np.load(path).shape[0] == 6]
     np.save(path, np.zeros((2, 3)))
@@ -99,3 +103,46 @@ def test_a_query_of_the_support_is_not_encoded_again(pair, tmp_path):
     read = dataset.read
     assert SUPPORT[next(features.ranking(SUPPORT[0]))].id == "a"
     assert dataset.read == read
+
+
+def test_features_of_other_pictures_under_the_same_names_are_not_taken(pair, tmp_path):
+    """Two data sets of one's own with the same names and ids, the second ranked by the first one's pictures."""
+
+    class Others(Pictures):
+        def medium(self, name):
+            return picture(40 + int(name.partition("-")[0]))
+
+    first = Features(*pair, Pool(TASK, Pictures(SUPPORT, [])), tmp_path)
+    assert not np.allclose(Features(*pair, Pool(TASK, Others(SUPPORT, [])), tmp_path).support, first.support)
+
+
+def test_a_task_may_name_another_tower(pair, tmp_path):
+    """The model's own tower all the same, or features of the one taken for the other's."""
+    folder, _ = save_backbones(tmp_path / "other")
+    tower, _ = load_vision(folder)
+    with torch.no_grad():
+        next(tower.parameters()).mul_(-1)
+    tower.save_pretrained(folder)
+    task = dataclasses.replace(TASK, features=str(folder))
+    own = Features(*pair, Pool(TASK, Pictures(SUPPORT, [])), tmp_path / "cache")
+    other = Features(*pair, Pool(task, Pictures(SUPPORT, [])), tmp_path / "cache")
+    with torch.inference_mode():
+        tokens = patch_tokens(tower.eval(), pair[1].pixels([picture(3)])[0])[0]
+    mean = torch.nn.functional.normalize(tokens, dim=-1).mean(0)
+    np.testing.assert_allclose(other.support[1], (mean / mean.norm()).numpy(), atol=1e-5)
+    assert not np.allclose(own.support, other.support)
+    with pytest.raises(FlamingoError, match=r"no/tower: expected a folder"):
+        Features(*pair, Pool(dataclasses.replace(TASK, features="./no/tower"), Pictures(SUPPORT, [])), tmp_path)
+
+
+def test_a_cache_that_cannot_be_used_is_named(pair, tmp_path):
+    """A file that breaks off, or a folder that is none, that ends in a traceback of numpy's."""
+    pool = Pool(TASK, Pictures(SUPPORT, []))
+    Features(*pair, pool, tmp_path)
+    (path,) = tmp_path.rglob("*.npy")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FlamingoError, match=r"made-train-\w+\.npy: expected features .*; remove the file"):
+        Features(*pair, pool, tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(FlamingoError, match=r"file/features/\S+: expected a folder to keep features in"):
+        Features(*pair, pool, tmp_path / "file")
