@@ -1,7 +1,8 @@
 """What the demonstrations contribute, from the cells of `icl_eval.diagnostics`: numbers, and a verdict in words.
 
 All differences are paired: the same queries, with and without a change. An effect counts where its 95 % bootstrap
-interval leaves zero out.
+interval leaves zero out and a randomisation test agrees (p < .05): the interval alone is too narrow for few queries.
+Queries about one picture count as one.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, ORDERS
-from icl_eval.metrics import bootstrap_interval
-from icl_eval.outcomes import Outcome
+from icl_eval.engine import TIE
+from icl_eval.metrics import METRICS
+from icl_eval.metrics.bootstrap import Figures, bootstrap, weighted_mean
+from icl_eval.metrics.paired import Difference, of_scores, of_values, randomisation_p
+from icl_eval.outcomes import BEST, Outcome
 from icl_eval.results import Cell, Results
 
 BINS = 10
 """of confidence, for the calibration error"""
+SIGNIFICANT = 0.05
 WORDS = {
     "zero_shot": ("having none", "they help", "they harm", "no sign that they matter"),
+    "two_texts": ("having two of their texts alone", "they help", "they harm", "no sign that they matter"),
     "gates_at_zero": (
         "shutting every picture out",
         "the pictures matter",
@@ -55,15 +61,16 @@ WORDS = {
 
 
 class Effect(NamedTuple):
-    """What a change costs: the score as it is less that under the change, and the 95 % interval where there is one."""
+    """What a change costs: the score as it is less that under the change, its 95 % interval, and p of no difference."""
 
     cost: float
-    interval: tuple[float, float] | None
+    interval: tuple[float, float]
+    p: float
 
     @property
     def sign(self) -> int:
-        """1 or -1 where zero is outside the interval, else 0."""
-        if self.interval is None:
+        """1 or -1 where the cost is no chance, else 0."""
+        if self.p >= SIGNIFICANT:
             return 0
         return int(self.interval[0] > 0) - int(self.interval[1] < 0)
 
@@ -73,7 +80,7 @@ def diagnoses(results: Results) -> dict[str, dict[str, Any]]:
     found = {}
     for name in results.tasks:
         cells = {cell.control: cell for cell in results.cells if cell.task == name and cell.shots == CONTROL_SHOTS}
-        zero = next((cell for cell in results.cells if (cell.task, cell.shots) == (name, 0)), None)
+        zero = next((cell for cell in results.cells if (cell.task, cell.shots, cell.control) == (name, 0, None)), None)
         if None in cells and len(cells) > 1:
             found[name] = _diagnosis(cells[None], cells, zero)
     return found
@@ -87,25 +94,39 @@ def _diagnosis(plain: Cell, cells: Mapping[str | None, Cell], zero: Cell | None)
     numbers: dict[str, Any] = {
         "shots": plain.shots,
         "score": plain.value,
-        "costs": {name: {"cost": each.cost, "interval": each.interval} for name, each in effects.items()},
+        "costs": {name: each._asdict() for name, each in effects.items()},
     }
     orders = [cells[name] for name in ORDERS if name in cells]
     if orders:
         numbers["order"] = order_sensitivity(plain, orders)
     numbers["copying"] = copying(plain.outcomes)
     numbers["recency"] = recency(plain.outcomes)
-    if any(outcome.candidates for outcome in plain.outcomes[:1]):
+    if plain.outcomes[0].candidates and not _cut(plain.outcomes):
         numbers["calibration"] = calibration(plain.outcomes)
-    return {"verdict": _verdict(plain, effects, numbers), **numbers}
+    two_texts = zero is not None and zero.zero_shot == "text_only"
+    return {"verdict": _verdict(plain, effects, numbers, two_texts=two_texts), **numbers}
 
 
 def effect(plain: Cell, other: Cell) -> Effect:
     """What the change from one cell to another costs."""
+    groups = [outcome.group for outcome in plain.outcomes]
+    together = groups if len(set(groups)) < len(groups) and None not in groups else None
+    costs, swapped = _costs(plain, other)
+    ((low, high),) = bootstrap(costs, len(groups), groups=together).tolist()
+    p = randomisation_p(swapped, len(groups), groups=together)
+    return Effect(plain.value - other.value, (low, high), p)
+
+
+def _costs(plain: Cell, other: Cell) -> tuple[Figures, Difference]:
+    """The cost under weights of the queries, and where answers are exchanged."""
     before, after = plain.score.per_item, other.score.per_item
-    interval = None
     if before is not None and after is not None:
-        interval = bootstrap_interval(before - after)
-    return Effect(plain.value - other.value, interval)
+        return weighted_mean(before - after), of_values(after, before)
+    metric = METRICS[plain.score.metric]
+    targets = [outcome.target for outcome in plain.outcomes]
+    one, two = ([outcome.prediction for outcome in cell.outcomes] for cell in (plain, other))
+    first, second = (metric.prepared(predictions, targets).figures for predictions in (one, two))
+    return lambda weights: (first(weights) - second(weights))[:, :1], of_scores(metric, two, one, targets)
 
 
 def order_sensitivity(plain: Cell, orders: Sequence[Cell]) -> dict[str, float]:
@@ -129,10 +150,10 @@ def copying(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """
     copied, possible, wrong = [], [], []
     for outcome in outcomes:
-        shown = set(map(_plain, outcome.labels))
-        copied.append(_plain(outcome.answer) in shown)
-        possible.append(outcome.right is not None and _plain(outcome.right) in shown)
-        if outcome.right is not None and _plain(outcome.answer) != _plain(outcome.right):
+        shown, right, answer = set(map(_plain, outcome.labels)), _right(outcome), _plain(outcome.answer)
+        copied.append(answer in shown)
+        possible.append(bool(right & shown))
+        if right and answer not in right:
             wrong.append(copied[-1])
     return {
         "answers": float(np.mean(copied)),
@@ -146,22 +167,23 @@ def recency(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
     Returns:
         `last`: share of answers that are the last demonstration's; `others`: the same, the mean over the other places;
-        `bias`: their difference, 0 for a model that heeds no places.
+        `bias`: their difference; `right`: the difference for a model that is always right. That is 0, and so is the
+        bias of a model that heeds no places, where demonstrations are drawn at random; with RICES, which puts the most
+        similar one last, it is not.
     """
-    last, others = [], []
+    rows = [np.zeros(4)]
     for outcome in outcomes:
-        same = [_plain(label) == _plain(outcome.answer) for label in outcome.labels]
-        if len(same) > 1:
-            last.append(same[-1])
-            others.append(np.mean(same[:-1]))
-    if not last:
-        return {"last": 0.0, "others": 0.0, "bias": 0.0}
-    means = float(np.mean(last)), float(np.mean(others))
-    return {"last": means[0], "others": means[1], "bias": means[0] - means[1]}
+        labels = list(map(_plain, outcome.labels))
+        if len(labels) > 1:
+            answers = {_plain(outcome.answer)}, _right(outcome)
+            given, right = ([label in several for label in labels] for several in answers)
+            rows.append(np.array([given[-1], np.mean(given[:-1]), right[-1], np.mean(right[:-1])]))
+    last, others, right_last, right_others = (np.sum(rows, axis=0) / max(1, len(rows) - 1)).tolist()
+    return {"last": last, "others": others, "bias": last - others, "right": right_last - right_others}
 
 
 def calibration(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """How far the shares of the candidates' likelihoods are from how often they are right.
+    """How far candidates' shares of the likelihoods, as the task normalises them, are from how often they are right.
 
     Returns:
         `confidence`: mean share of the chosen candidate; `accuracy`; `error`: expected calibration error over `BINS`
@@ -171,7 +193,7 @@ def calibration(outcomes: Sequence[Outcome]) -> dict[str, float]:
     for outcome in outcomes:
         scores = np.array(outcome.scores)
         confidences.append(1 / np.exp(scores - scores.max()).sum())
-        right.append(outcome.answer == outcome.right)
+        right.append(_plain(outcome.answer) in _right(outcome))
     confidence, correct = np.array(confidences), np.array(right, dtype=np.float64)
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = [abs((confidence - correct)[bins == each].sum()) for each in range(BINS)]
@@ -182,6 +204,18 @@ def calibration(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
+def _cut(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the best of many candidates alone were kept: then all stand in order, and their shares are unknown."""
+    return all(len(outcome.scores) == BEST and bool((np.diff(outcome.scores) <= TIE).all()) for outcome in outcomes)
+
+
+def _right(outcome: Outcome) -> set[str]:
+    """All right answers that are known: where answers are compared as texts, the target's (OK-VQA's are in pairs)."""
+    listed = outcome.target if isinstance(outcome.target, list | tuple) else []
+    texts = [text for each in listed for text in ([each] if isinstance(each, str) else each)]
+    return {_plain(text) for text in (outcome.right, *texts) if text is not None}
+
+
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -189,9 +223,11 @@ def _plain(text: str) -> str:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, Any]) -> str:
+def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, Any], *, two_texts: bool) -> str:
     sentences = [f"At {plain.shots} shots {plain.score.metric} is {plain.value:.3f}."]
-    sentences += [_sentence(name, each) for name, each in effects.items()]
+    sentences += [
+        _sentence("two_texts" if two_texts and name == "zero_shot" else name, each) for name, each in effects.items()
+    ]
     if order := numbers.get("order"):
         sentences.append(
             f"Other orders of the demonstrations change the answer to {order['changed']:.0%} of the queries, and the "
@@ -204,7 +240,7 @@ def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, A
     )
     sentences.append(
         f"The last demonstration's answer is given in {late['last']:.0%} of the queries, that of another place in "
-        f"{late['others']:.0%}."
+        f"{late['others']:.0%}; were all answers right, the difference would be {late['right']:+.0%}."
     )
     if calibrated := numbers.get("calibration"):
         sentences.append(
@@ -217,22 +253,23 @@ def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, A
 def _sentence(name: str, found: Effect) -> str:
     what, positive, negative, nothing = WORDS[name]
     meaning = {1: positive, -1: negative, 0: nothing}[found.sign]
-    if found.interval is None:
-        return f"Against {what} the score is {found.cost:+.3f} (no interval for this metric)."
     low, high = found.interval
-    return f"{what[0].upper()}{what[1:]} costs {found.cost:.3f} ({low:.3f} – {high:.3f}): {meaning}."
+    return f"{what[0].upper()}{what[1:]} costs {found.cost:.3f} ({low:.3f} – {high:.3f}; p {found.p:.2g}): {meaning}."
 
 
 def _conclusion(effects: Mapping[str, Effect]) -> str:
     """The verdict proper: what the demonstrations contribute."""
     helps = effects["zero_shot"].sign if "zero_shot" in effects else 0
-    binds = any(effects[name].sign > 0 for name in ("labels_permuted", "images_swapped") if name in effects)
-    if binds:
-        return "Verdict: the model learns from the demonstrations what belongs to what."
+    links = [effects[name].sign for name in ("labels_permuted", "images_swapped") if name in effects]
+    if max(links, default=0) > 0:
+        but = ", but is better off without them" if helps < 0 else ""
+        return f"Verdict: the model learns from the demonstrations what belongs to what{but}."
     if helps > 0:
-        return (
-            "Verdict: the demonstrations help, but not by what belongs to what: they tell the form of the answers, or "
+        return "Verdict: the demonstrations help; " + (
+            "that it matters what belongs to what cannot be seen here: they may only tell the form of the answers, or "
             "which answers there are."
+            if links
+            else "whether it matters what belongs to what was not tried."
         )
     if helps < 0:
         return "Verdict: the demonstrations harm."

@@ -8,9 +8,11 @@ import pytest
 from icl_eval.datasets import Example
 from icl_eval.diagnostics import DIAGNOSTICS
 from icl_eval.evaluation import evaluate_answerer
+from icl_eval.metrics import METRICS
 from icl_eval.outcomes import Outcome
+from icl_eval.results import Cell, Results
 from icl_eval.tasks import Task
-from icl_eval.verdicts import calibration, copying, recency
+from icl_eval.verdicts import calibration, copying, diagnoses, effect, recency
 from tests.icl_eval.made import Made, Stub
 
 CLASSES = ("x", "y", "z")
@@ -110,7 +112,7 @@ def test_a_model_that_takes_the_form_alone(diagnose):
     """Help of any kind taken for learning what belongs to what."""
     found = diagnose(needs_the_form)
     assert signs(found)["zero_shot"] == 1 and signs(found)["labels_permuted"] == 0
-    assert "they tell the form of the answers" in found["verdict"]
+    assert "they may only tell the form of the answers" in found["verdict"]
 
 
 def test_a_model_that_repeats_the_last_answer(diagnose):
@@ -120,8 +122,85 @@ def test_a_model_that_repeats_the_last_answer(diagnose):
     assert found["order"]["changed"] > 0.5
 
 
-def outcome(answer, right, labels=(), scores=(0.0,)):
-    return Outcome("q", "q", (), tuple(labels), "", 0, 0, answer, right, scores=tuple(scores))
+def outcome(answer, right, labels=(), scores=(0.0,), target=0):
+    return Outcome("q", "q", (), tuple(labels), "", 0, target, answer, right, scores=tuple(scores))
+
+
+def cell(predictions, targets, control=None, *, metric="accuracy", shots=4, group=str, zero_shot=None, **fields):
+    """A cell of so many queries, each about the picture that `group` gives for its number."""
+    outcomes = [
+        Outcome(f"q{n}", f"q{n}", (), ("x", "y"), "", prediction, target, "x", "x", group(n), **fields)
+        for n, (prediction, target) in enumerate(zip(predictions, targets, strict=True))
+    ]
+    return Cell("t", shots, control, METRICS[metric].score(predictions, targets), 0, outcomes, zero_shot)
+
+
+def verdict(*cells, metric="accuracy"):
+    task = Task("t", 1, "made", "test", "<image>{label}", (4,), support="train", metric=metric, file="f")
+    return diagnoses(Results({"t": task}, list(cells), {}, {}))["t"]
+
+
+def test_few_queries_prove_nothing():
+    """A verdict from one query, or from one picture's eight questions: every draw of them is the same."""
+    for count, group in ((1, str), (4, str), (12, lambda n: str(n // 6))):
+        right, wrong = (cell([answer] * count, [0] * count, group=group) for answer in (0, 1))
+        found = effect(right, wrong)
+        assert found.cost == 1 and found.interval == (1, 1) and found.sign == 0 and found.p > 0.05
+    assert effect(cell([0] * 12, [0] * 12), cell([1] * 12, [0] * 12)).sign == 1
+
+
+def test_questions_about_one_picture_are_no_independent_evidence():
+    """An interval of the cost that is too narrow by the root of six."""
+    lucky = [int(n // 6 % 3 == 0) for n in range(60)]
+    ends = []
+    for group in (str, lambda n: str(n // 6)):
+        low, high = effect(cell([0] * 60, [0] * 60, group=group), cell(lucky, [0] * 60, group=group)).interval
+        ends.append(high - low)
+    assert ends[1] / ends[0] == pytest.approx(6**0.5, rel=0.2)
+
+
+def test_areas_under_curves_have_effects_too():
+    """A metric without values of single queries, of which no verdict is ever given."""
+    targets = [0, 1] * 20
+    plain = cell([float(target) for target in targets], targets, metric="roc_auc")
+    noise = np.random.default_rng(0).normal(size=40).tolist()
+    found = verdict(plain, cell(noise, targets, "labels_permuted", metric="roc_auc"), metric="roc_auc")
+    cost = found["costs"]["labels_permuted"]
+    assert cost["interval"][0] > 0.1 and cost["p"] < 0.001
+    assert found["verdict"].endswith("the model learns from the demonstrations what belongs to what.")
+
+
+def test_verdicts_say_no_more_than_was_tried():
+    """Controls that were not run taken for controls that showed nothing; two texts called none at all."""
+    targets = [0] * 40
+    good, bad = [0] * 40, [1] * 40
+    shut, zero = cell(bad, targets, "gates_at_zero"), cell(bad, targets, shots=0, zero_shot="text_only")
+    found = verdict(zero, cell(good, targets), shut)["verdict"]
+    assert "Having two of their texts alone costs 1.000" in found
+    assert found.endswith("the demonstrations help; whether it matters what belongs to what was not tried.")
+    found = verdict(cell(good, targets, shots=0), cell(bad, targets), shut)["verdict"]
+    assert "Having none costs -1.000" in found and found.endswith("Verdict: the demonstrations harm.")
+    permuted = [cell(bad, targets, "labels_permuted"), cell([0] * 20 + bad[20:], targets)]
+    found = verdict(cell(good, targets, shots=0), *permuted)["verdict"]
+    assert found.endswith("what belongs to what, but is better off without them.")
+
+
+def test_calibration_needs_all_candidates():
+    """Shares of the best five names of a thousand, called how sure the model is."""
+    shut = cell([0] * 3, [0] * 3, "gates_at_zero")
+    for scores, known in (((-1.0, -2, -3, -4, -5), False), ((-1.0, -2, -3, -5, -4), True), ((0.0, -1), True)):
+        plain = cell([0] * 3, [0] * 3, candidates=tuple("xabcd")[: len(scores)], scores=scores)
+        assert ("calibration" in verdict(plain, shut)) is known
+
+
+def test_any_of_several_right_answers_counts():
+    """The first annotator's answer alone taken for right: what others said is then a wrong answer that was copied."""
+    outcomes = [
+        outcome("cat", "dog", ["cat", "a"], target=["dog", "cat"]),
+        outcome("cats", "b", ["a"], target=[["cats", "cat"]]),
+    ]
+    assert copying(outcomes) == {"answers": 0.5, "right": 0.5, "wrong": 0.0}
+    assert calibration(outcomes)["accuracy"] == 1
 
 
 def test_figures_of_single_answers():
@@ -133,7 +212,8 @@ def test_figures_of_single_answers():
         outcome("a bird", "a dog", ["a bird", "a cat"]),
     ]
     assert copying(outcomes) == {"answers": 0.75, "right": 0.5, "wrong": pytest.approx(2 / 3)}
-    assert recency(outcomes) == {"last": 0.25, "others": 0.5, "bias": -0.25}
+    assert recency(outcomes) == {"last": 0.25, "others": 0.5, "bias": -0.25, "right": 0.5}
+    assert recency([outcome("a", "a", ["a"])]) == dict.fromkeys(("last", "others", "bias", "right"), 0.0)
     sure, half = (np.log(0.9), np.log(0.1)), (np.log(0.5), np.log(0.5))
     found = calibration([outcome("a", "a", scores=half), outcome("a", "b", scores=sure)])
     assert found == {"confidence": pytest.approx(0.7), "accuracy": 0.5, "error": pytest.approx(0.7)}
