@@ -23,7 +23,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -413,6 +413,7 @@ class Engine:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.sees_all = model.config.media_attention == "all"
         self.known: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        self.tried: set[tuple[Any, ...]] = set()
         self.tries: dict[tuple[tuple[int, ...], ...], Trie] = {}
         self.label_tokens = self.label_tokens_read = 0
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
@@ -427,65 +428,92 @@ class Engine:
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
-    def tokens(self, chunk: Chunk, answer: str | None = None) -> tuple[int, ...]:
-        """Ids of a chunk; with an answer (or "") closed by `<|endofchunk|>`."""
-        key = (tuple(part if isinstance(part, str) else None for part in chunk.parts), chunk.separator, answer)
-        if key not in self.known:
+    def tokens(self, chunk: Chunk, answer: str | None = None, key: str = "") -> tuple[int, ...]:
+        """Ids of a chunk; with an answer (or "") closed by `<|endofchunk|>`. `key` names it in messages."""
+        known = (tuple(part if isinstance(part, str) else None for part in chunk.parts), chunk.separator, answer)
+        if known not in self.known:
             if len(self.known) >= KNOWN_CHUNKS:
                 self.known.clear()
             segments = chunk.segments([Image(b"")] * len(chunk.media), answer)
-            document = Document(tuple(segments), complete=False)
-            self.known[key] = tuple(self.processor.encode(document, bos=False).input_ids)
-        return self.known[key]
+            document = Document(tuple(segments), complete=False, key=key)
+            self.known[known] = tuple(self.processor.encode(document, bos=False).input_ids)
+        return self.known[known]
 
     def encode(self, ladder: Ladder, number: int) -> Encoded:
         """Tokens of a ladder, the `number`th.
 
         Raises:
             FlamingoError: where the tokens of a prompt are no prefix of those of prompt and answer; it names both.
+                Where a query asks nothing, or a text holds `<image>` itself.
         """
         cuts = sorted({query.after for query in ladder.queries})
         pieces: list[Piece] = []
         for start, end in zip([0, *cuts], cuts, strict=False):
             chunks = ladder.demonstrations[start:end]
-            ids = tuple(token for chunk in chunks for token in self.tokens(chunk, ""))
+            ids = tuple(token for chunk in chunks for token in self.tokens(chunk, "", ladder.key))
             media = tuple(index for chunk in chunks for index in chunk.media)
             pieces.append(Piece(ids if pieces else self.opening + ids, media))
         queries = tuple(
             Asked(
                 cuts.index(query.after) + 1,
-                Piece(self.tokens(query.chunk), query.chunk.media),
+                Piece(self.tokens(query.chunk, None, ladder.key), query.chunk.media),
                 tuple(self._answer(ladder.key, query.chunk, answer) for answer in query.answers),
                 (number, place),
             )
             for place, query in enumerate(ladder.queries)
         )
+        if not all(asked.piece.ids for asked in queries):
+            raise FlamingoError(f"{ladder.key}: nothing is asked, expected a query with media or text")
         return Encoded(tuple(pieces), queries, frozenset(ladder.media))
 
     def _answer(self, key: str, chunk: Chunk, answer: str) -> tuple[int, ...]:
         """Ids of an answer as they stand after its prompt."""
-        return answer_tokens(key, chunk, answer, self.tokens(chunk), self.tokens(chunk, answer))
+        return answer_tokens(key, chunk, answer, self.tokens(chunk, None, key), self.tokens(chunk, answer, key))
+
+    def check_room(self, ladder: Ladder, encoded: Encoded, new: int) -> None:
+        """Refuse prompts for which the LM has too few positions; `new` tokens are to be generated.
+
+        Raises:
+            FlamingoError: it names the ladder, and says how many tokens there are and may be.
+        """
+        config = self.model.config.text_config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        for asked in encoded.queries:
+            before = sum(len(piece.ids) for piece in encoded.pieces[: asked.after])
+            length = before + len(asked.piece.ids) + max([new, *map(len, asked.answers)])
+            if positions is not None and length > positions:
+                raise FlamingoError(
+                    f"{ladder.key}: a prompt and its answer of {length} tokens, but the LM has {positions} positions; "
+                    "expected fewer shots"
+                )
 
     def check_tokens(self, ladder: Ladder, encoded: Encoded) -> None:
         """Refuse a tokenizer that reads chunks differently alone and in a row.
 
+        Only what stands on both sides of a border can make a difference, so each kind of border is tried once.
+
         Raises:
             FlamingoError: it names the ladder and the first token that differs.
         """
-        at = max(range(len(ladder.queries)), key=lambda place: ladder.queries[place].after)
-        query, asked = ladder.queries[at], encoded.queries[at]
-        chunks = ladder.demonstrations[: query.after]
-        segments = [part for chunk in chunks for part in chunk.segments([Image(b"")] * len(chunk.media), "")]
-        answer = query.answers[0] if query.answers else None
-        segments += query.chunk.segments([Image(b"")] * len(query.chunk.media), answer)
-        whole = self.processor.encode(Document(tuple(segments), complete=False)).input_ids
-        joined = [token for piece in (*encoded.pieces[: asked.after], asked.piece) for token in piece.ids]
-        joined += asked.answers[0] if asked.answers else ()
-        if whole != joined:
-            place = next((i for i, pair in enumerate(zip(whole, joined, strict=False)) if pair[0] != pair[1]), -1)
-            raise FlamingoError(
-                f"{ladder.key}: the tokenizer reads a chunk differently alone and in a row (first at token {place})"
-            )
+        for query, asked in zip(ladder.queries, encoded.queries, strict=True):
+            shown = ladder.demonstrations[: query.after]
+            borders = {_border(before, after) for before, after in pairwise((*shown, query.chunk))}
+            if borders <= self.tried:
+                continue
+            segments = [part for chunk in shown for part in chunk.segments([Image(b"")] * len(chunk.media), "")]
+            answer = query.answers[0] if query.answers else None
+            segments += query.chunk.segments([Image(b"")] * len(query.chunk.media), answer)
+            whole = self.processor.encode(Document(tuple(segments), complete=False)).input_ids
+            joined = [token for piece in (*encoded.pieces[: asked.after], asked.piece) for token in piece.ids]
+            joined += asked.answers[0] if asked.answers else ()
+            if whole != joined:
+                place = next((i for i, pair in enumerate(zip(whole, joined, strict=False)) if pair[0] != pair[1]), -1)
+                raise FlamingoError(
+                    f"{ladder.key}: the tokenizer reads a chunk differently alone and in a row (first at token {place})"
+                )
+            if len(self.tried) >= KNOWN_CHUNKS:
+                self.tried.clear()
+            self.tried |= borders
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -511,7 +539,7 @@ class Engine:
             progress: called with the number of queries done since its last call.
 
         Raises:
-            FlamingoError: see `encode`, `check_tokens` and `MediaStore.require`.
+            FlamingoError: see `encode`, `check_tokens`, `check_room`, `MediaStore.require` and `best_only`.
         """
         scores = [[np.zeros(0) for _ in ladder.queries] for ladder in ladders]
         for waiting in self._read_ladders(library, ladders):
@@ -546,19 +574,21 @@ class Engine:
             progress: called with the number of queries done since its last call.
 
         Raises:
-            FlamingoError: see `encode`, `check_tokens` and `MediaStore.require`.
+            FlamingoError: see `encode`, `check_tokens`, `check_room` and `MediaStore.require`.
         """
         for name, value in (("max_new_tokens", max_new_tokens), ("beams", beams)):
             if value < 1:
                 raise FlamingoError(f"{name}: {value}, expected at least 1")
         texts = [[""] * len(ladder.queries) for ladder in ladders]
         image = self.model.config.image_token_id
-        for waiting in self._read_ladders(library, ladders):
+        for waiting in self._read_ladders(library, ladders, max_new_tokens):
             # All but the last token, which generation reads: after it, queries of any lengths go on together.
             begun = [(each.node, each.asked.piece.split(-1, image)[0]) for each in waiting]
             ready = list(zip(waiting, self._go_on(library, begun), strict=True))
-            ready.sort(key=lambda each: each[1].place)
-            for some in _split(ready, self.batch_size):
+            # Of a prompt of one token nothing is read: there is no cache to join with others.
+            ready.sort(key=lambda each: (each[1].prefix.cache is None, each[1].place))
+            groups = [list(group) for _, group in groupby(ready, key=lambda each: each[1].prefix.cache is None)]
+            for some in (part for group in groups for part in _split(group, self.batch_size)):
                 prefix = Prefix.join([(node.prefix, node.place[1]) for _, node in some])
                 found = self._generate(library, prefix, [each.whole for each, _ in some], max_new_tokens, beams)
                 for (each, _), text in zip(some, found, strict=True):
@@ -570,12 +600,15 @@ class Engine:
 
     # -- reading the demonstrations ------------------------------------------------------------------------------------
 
-    def _read_ladders(self, library: Library, ladders: Sequence[Ladder]) -> Iterator[list[Waiting]]:
-        """Read the demonstrations of all ladders; yields queries of one depth, for which everything is read."""
+    def _read_ladders(self, library: Library, ladders: Sequence[Ladder], new: int = 0) -> Iterator[list[Waiting]]:
+        """Read the demonstrations of all ladders; yields queries of one depth, for which everything is read.
+
+        `new` tokens are to be generated after each.
+        """
         encoded = [self.encode(ladder, number) for number, ladder in enumerate(ladders)]
-        if encoded:
-            longest = max(range(len(ladders)), key=lambda number: len(ladders[number].demonstrations))
-            self.check_tokens(ladders[longest], encoded[longest])
+        for ladder, each in zip(ladders, encoded, strict=True):
+            self.check_tokens(ladder, each)
+            self.check_room(ladder, each, new)
         for window in self._windows(encoded):
             self.store.require(library, {index for each in window for index in each.media})
             # Those of the same lengths beside one another: the longer the runs, the fewer the passes.
@@ -716,7 +749,8 @@ class Engine:
         paths = [(row, ends[row][place]) for place in range(most) for row in wanted if place < len(ends[row])]
         missing = {row: set(nodes) for row, (_, nodes) in wanted.items()}
         at_once = len(wanted) * max(1, CACHED_TOKENS // (len(wanted) * max(1, prompt.length)))
-        for some in _split(paths, at_once):
+        deepest = max(trie.depths[end] for row, (trie, _) in wanted.items() for end in ends[row])
+        for some in _split(paths, max(1, min(at_once, LOGITS_AT_ONCE // (self.vocabulary * deepest)))):
             read = [wanted[row][0].path(end) for row, end in some]
             longest = max(map(len, read))
             tokens = [
@@ -856,7 +890,8 @@ class Engine:
         # The last two: so few that both depend on what the cache kept.
         expected, found = self._pass(whole, ids, [()], keep=2), self._pass(parts, ids[:, -2:], [()], keep=2)
         known = expected.isfinite()  # −inf: ids that no token has
-        noise = 100 * torch.finfo(expected.dtype).eps * expected[known].abs().max()
+        # In half precision no more than a trained LM's logits change when its cache has lost something.
+        noise = min(100 * torch.finfo(expected.dtype).eps, 0.05) * expected[known].abs().max()
         return bool((found - expected)[known].abs().max() <= noise)
 
 
@@ -875,6 +910,12 @@ def _likelihoods(logits: Tensor, read: Sequence[tuple[int, int, int, int, Trie]]
     values = iter((logits[at, place, token] - logits.logsumexp(-1)[at, place]).tolist())
     for row, _, _, node, trie in read:
         yield Learnt(row, node, [next(values) for _ in trie.children[node]])
+
+
+def _border(before: Chunk, after: Chunk) -> tuple[Any, ...]:
+    """What the tokens on both sides of the border between two chunks can depend on."""
+    lead = after.parts[0] if after.parts and isinstance(after.parts[0], str) else None
+    return bool(before.parts) and isinstance(before.parts[-1], str), before.separator, lead
 
 
 def answer_tokens(key: str, chunk: Chunk, answer: str, prompt: Sequence[int], whole: Sequence[int]) -> tuple[int, ...]:

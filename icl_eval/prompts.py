@@ -64,8 +64,8 @@ class Template:
     """A task's template.
 
     Raises:
-        FlamingoError: in use, where an example lacks a field that it names, or has other media than it has marks; the
-            message names the task's file and the example.
+        FlamingoError: it has a field after its answer. In use, where an example lacks a field that it names, or has
+            other media than it has marks; the message names the task's file and the example.
     """
 
     def __init__(self, task: Task, pool: Pool):
@@ -73,6 +73,10 @@ class Template:
         slot = next(f"{{{slot}}}" for slot in SLOTS if f"{{{slot}}}" in task.template)
         before, _, self.after = task.template.partition(slot)
         self.texts = before.split(IMAGE)
+        if field := _FIELD.search(self.after):
+            raise FlamingoError(
+                f"{task.file}: template: {field[0]} after {slot}, expected nothing to be filled in there"
+            )
         self._answers: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def demonstration(self, shown: Shown) -> Chunk:

@@ -17,6 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
+from flamingo.errors import FlamingoError
+
 TIE = 1e-4  # nats: closer scores count as equal, since they may change order with the batch
 NODES_AN_ANSWER = 2  # that are read in a round at least, for each answer that is wanted
 
@@ -153,7 +155,15 @@ class Search:
 
 
 def best_only(scores: np.ndarray, top_k: int | None) -> np.ndarray:
-    """Scores of the `top_k` best, and of what is at most `TIE` below them; −inf for the others. None: all scores."""
+    """Scores of the `top_k` best, and of what is at most `TIE` below them; −inf for the others. None: all scores.
+
+    Raises:
+        FlamingoError: a score is no number, or `top_k` is below 1.
+    """
+    if np.isnan(scores).any():
+        raise FlamingoError("log-likelihoods that are no numbers (NaN): is the model in too narrow a precision?")
+    if top_k is not None and top_k < 1:
+        raise FlamingoError(f"top_k: {top_k}, expected at least 1, or None for all")
     if top_k is None or top_k >= len(scores):
         return scores
     least = np.partition(scores, -top_k)[-top_k] - TIE

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from flamingo import FlamingoError, FlamingoProcessor, Video
 from icl_eval import plain
 from icl_eval.engine import Chunk, Engine, Ladder, Query, answer_text
 from tests.icl_eval.conftest import lively_flamingo
-from tests.tiny import picture
+from tests.tiny import picture, tokenizer
 
 NAMES = ("bado", "nili", "pu", "zozozo")  # of four, four, two and six tokens
 EQUAL = ("bado", "nili", "pupu", "zozo")
@@ -125,6 +131,23 @@ def test_a_cache_that_goes_on_wrongly_is_noticed(pool, monkeypatch, tmp_path):
     np.testing.assert_allclose(engine.rank(pool, ladders()), expected, atol=1e-5, rtol=0)
 
 
+def test_a_cache_that_goes_on_wrongly_is_noticed_in_half_precision(monkeypatch, tmp_path):
+    """A tolerance of a hundred roundings, which in bfloat16 is most of what there is."""
+    model, processor = lively_flamingo(tmp_path, "llama")
+    model.bfloat16()
+    assert Engine(model, processor).reads_ahead
+    forward = model.forward
+
+    def wrong(**given):
+        output = forward(**given)
+        if given["past_key_values"] is not None and given["input_ids"].shape[1] > 1:
+            output.logits *= 1.3
+        return output
+
+    monkeypatch.setattr(model, "forward", wrong)
+    assert not Engine(model, processor).reads_ahead
+
+
 def test_mean_divides_by_the_tokens_of_the_answer(flamingo, pool):
     """`normalise: mean` over the longest candidate's length, or over label tokens without the end of chunk."""
     model, processor = flamingo
@@ -183,6 +206,48 @@ def test_a_tokenizer_that_joins_chunks_is_refused(flamingo, pool, monkeypatch):
         FlamingoError, match=r"0: the tokenizer reads a chunk differently alone and in a row .first at token 2"
     ):
         engine.rank(pool, ladders()[:1])
+
+
+def test_borders_of_every_ladder_are_tried(flamingo, pool):
+    """Text-only demonstrations, which begin with text, joined to the separator before them: others begin with marks."""
+    model, processor = flamingo
+    merging = tokenizer()
+    backend = json.loads(merging.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["Ġs"] = len(backend["model"]["vocab"])
+    backend["model"]["merges"] = [["Ġ", "s"]]
+    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<s>")
+    merging.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
+    engine = Engine(model, processor)
+    engine.processor = FlamingoProcessor(processor.image_processor, merging)
+    query = Query(2, Chunk((4, "so:")), ("a", "b"))
+    pictured = Ladder(tuple(Chunk((n, "so: a"), " ") for n in range(3)), (dataclasses.replace(query, after=3),), "long")
+    text_only = Ladder((Chunk(("so: a",), " "), Chunk(("so: b",), " ")), (query,), "short")
+    engine.check_tokens(pictured, engine.encode(pictured, 0))
+    with pytest.raises(FlamingoError, match="short: the tokenizer reads a chunk differently alone and in a row"):
+        engine.rank(pool, [pictured, text_only])
+
+
+def test_what_cannot_be_asked_names_the_query(flamingo, pool, monkeypatch):
+    """No question at all, a question with a mark of its own, or more tokens than there are positions: a traceback."""
+    engine = Engine(*flamingo)
+
+    def ladder(*parts):
+        return [Ladder((Chunk((1, "bado")),), (Query(1, Chunk(parts), NAMES),), "quiz/7")]
+
+    for ask in (engine.rank, partial(engine.generate, max_new_tokens=4)):
+        with pytest.raises(FlamingoError, match="quiz/7: nothing is asked"):
+            ask(pool, ladder())
+        with pytest.raises(FlamingoError, match="found 2 image tokens but received 1 images .sample key=quiz/7"):
+            ask(pool, ladder(2, "what is <image>?"))
+    room = len(engine.encode(ladder(2, "what?")[0], 0).pieces[0].ids) + 6 + 7  # <image>what?, zozozo and its end
+    monkeypatch.setattr(engine.model.config.text_config, "max_position_embeddings", room)
+    engine.rank(pool, ladder(2, "what?"))
+    engine.generate(pool, ladder(2, "what?"), max_new_tokens=7)
+    monkeypatch.setattr(engine.model.config.text_config, "max_position_embeddings", room - 1)
+    with pytest.raises(FlamingoError, match=f"quiz/7: a prompt and its answer of {room} tokens, but the LM has"):
+        engine.rank(pool, ladder(2, "what?"))
+    with pytest.raises(FlamingoError, match=f"{room} tokens, but the LM has {room - 1} positions"):
+        engine.generate(pool, ladder(2, "what?"), max_new_tokens=7)
 
 
 # -- chunks of any media and texts -------------------------------------------------------------------------------------
@@ -294,6 +359,25 @@ def test_generation_goes_on_from_all_but_the_last_token(flamingo, monkeypatch):
         rows += [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in whole]
     documents = [plain.document(drawer, ladder, query) for ladder in made for query in ladder.queries]
     assert sorted(rows) == sorted(processor.encode(each).input_ids for each in documents)
+
+
+def test_prompts_of_one_token_are_generated_from_by_themselves(pool, monkeypatch, tmp_path):
+    """Without a beginning and at 0 shots nothing is read before the query's mark: padding that is read."""
+    model, processor = lively_flamingo(tmp_path, "llama")
+    processor.tokenizer.bos_token = None
+    shown = (Chunk((2, "bado")), Chunk((3, "pu")))
+    made = [Ladder(shown, (Query(after, Chunk((1,))),), str(after)) for after in (0, 2, 0)]
+    expected = [plain.generate(model, processor, pool, ladder, max_new_tokens=4) for ladder in made]
+    rows, generate = [], model.generate
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda **given: (rows.extend(given["attention_mask"].sum(dim=1).tolist()), generate(**given))[1],
+    )
+    for some in (made, made[::-1]):
+        found = Engine(model, processor, batch_size=8).generate(pool, some, max_new_tokens=4)
+        assert found == (expected if some is made else expected[::-1])
+    assert sorted(rows) == [1] * 4 + [1 + len("bado") + 1 + 1 + len("pu") + 1 + 1] * 2
 
 
 def test_generation_stops_at_the_end_of_the_chunk(tmp_path):

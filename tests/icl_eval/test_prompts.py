@@ -72,6 +72,12 @@ def test_fields_are_filled_in_once():
         made("<image>'{text}' {answer}")
 
 
+def test_a_field_after_the_answer_is_refused():
+    """`{text}` read by the model as these six letters, in every demonstration."""
+    with pytest.raises(FlamingoError, match=r"f: template: \{text\} after \{answer\}"):
+        made("<image>{question} {answer} ({text})", query=FIRST)
+
+
 def test_media_stand_where_the_template_has_them():
     """Media in another order, all in the first place, or more than there are places."""
     several = Example("three", ("3-a", "4-a"), "Q", ("x",))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flamingo import FlamingoError
 from icl_eval import plain
 from icl_eval.engine import Chunk, Engine, Ladder, Query
 from icl_eval.ranking import TIE, Search, Trie, best_only
@@ -112,6 +113,14 @@ def test_ties_with_the_last_of_the_best_are_kept():
     assert best_only(scores, None) is scores and best_only(scores, 5) is scores
 
 
+def test_scores_that_are_no_numbers_are_refused():
+    """A model whose half precision overflows, and that is said to have chosen the first candidate; best of none."""
+    with pytest.raises(FlamingoError, match="no numbers"):
+        best_only(np.array([-1.0, np.nan]), None)
+    with pytest.raises(FlamingoError, match="top_k: 0, expected at least 1"):
+        best_only(np.array([-1.0, -2.0]), 0)
+
+
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 NAMES = ("bado", "badoni", "ba", "badu", "nili", "nilo", "pu", "zozozo", "zo", "bado ba", "x")
@@ -177,6 +186,25 @@ def test_passes_of_few_tokens_give_the_same_scores(flamingo, top_k, monkeypatch)
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
+
+
+def test_passes_have_few_logits(tmp_path, monkeypatch):
+    """Short prompts before many labels of an LM with a large vocabulary: logits that take all memory there is."""
+    import icl_eval.engine
+
+    model, processor = lively_flamingo(tmp_path, "lfm2")
+    engine = Engine(model, processor)
+    made, forward, sizes = ladders(), model.forward, []
+
+    def noted(**given):
+        output = forward(**given)
+        sizes.append(output.logits.numel())
+        return output
+
+    monkeypatch.setattr(icl_eval.engine, "LOGITS_AT_ONCE", 40 * engine.vocabulary)
+    monkeypatch.setattr(model, "forward", noted)
+    engine.rank(Drawer(), made)
+    assert max(sizes) <= 40 * engine.vocabulary
 
 
 def test_what_answers_share_is_read_once(tmp_path):
