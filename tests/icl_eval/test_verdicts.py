@@ -166,7 +166,7 @@ def test_areas_under_curves_have_effects_too():
     noise = np.random.default_rng(0).normal(size=40).tolist()
     found = verdict(plain, cell(noise, targets, "labels_permuted", metric="roc_auc"), metric="roc_auc")
     cost = found["costs"]["labels_permuted"]
-    assert cost["interval"][0] > 0.1 and cost["p"] < 0.001
+    assert cost["interval"][0] > 0.1 and cost["p"] < 0.01
     assert found["verdict"].endswith("the model learns from the demonstrations what belongs to what.")
 
 
