@@ -1,6 +1,7 @@
 """How fast is a few-shot evaluation, beside open_flamingo's model driven as its own evaluation drives it?
 
     python benchmarks/evaluation.py [--quick] [--json FILE]
+    python benchmarks/evaluation.py --plot FILE
 
 Both rank the same candidates after the same prompts, with equal weights (OPT-125M, ViT-B/32), in turn, each in a
 process of its own; first their scores must be equal. open_flamingo (`icl_eval.peers.open_flamingo`) encodes all images
@@ -12,16 +13,21 @@ all that a run begins with (ours encodes each image once a run).
 - the 1000 class names of ImageNet, after 2 shared demonstrations: all scores, and the exact five best. For this the
   upper LM is tuned here to say class names, a few of them most often, since with random weights every token is about as
   likely as another and hardly anything can be left out: both shares of label tokens are printed.
+
+Beside FILE.json comes FILE.svg, the cost of a query against demonstrations; --plot draws it of a file that is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
+import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -38,6 +44,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from flamingo import Document, Image, Text
+from icl_eval.charts import Series, line_chart
 from icl_eval.engine import Chunk, Engine, Ladder, Query
 from icl_eval.peers.open_flamingo import OpenFlamingo
 from icl_eval.ranking import best_only
@@ -251,7 +258,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Place.add_options(parser)
     parser.add_argument("--rounds", type=int, help="of each side and case (default 3; --quick: 1)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the results in FILE, a .json, and run nothing")
     options = parser.parse_args()
+    if options.plot:
+        print(plot(Path(options.plot)))
+        return
     place, quick = Place.of(options), options.quick
     sides = {name: Worker(Side, name=name, place=place) for name in ("ours", "open_flamingo")}
     figures: dict[str, float | str] = {}
@@ -260,6 +271,8 @@ def main() -> None:
     for side in sides.values():
         side.close()
     publish(figures, options.json)
+    if options.json:
+        print(plot(Path(options.json)))
 
 
 def demonstrations(sides: dict[str, Worker], figures: dict[str, float | str], quick: bool, rounds: int) -> None:
@@ -310,6 +323,86 @@ def ranking(sides: dict[str, Worker], figures: dict[str, float | str], quick: bo
         figures[f"{title}: share of label tokens computed"] = runs[0][2]
         seconds = figures[f"{title}: seconds a query ours"] = median(run[0] for run in runs)
         figures[f"ratio ranking_{'all' if top_k is None else 'best_5'} vs open_flamingo"] = theirs[0] / seconds
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 640, 360
+"""of the chart, in SVG units; around it `EDGE`, above it `HEAD`, and a `ROW` a line below it"""
+EDGE, HEAD, ROW = 20, 82, 20
+LIGHT = "--page:#fff;--ink:#1d1c1a;--soft:#6b6862;--rule:#e4e1da;--c0:#d1495b;--c1:#b5761a;--c2:#2e6fb0;--c3:#1f8a99"
+DARK = "--page:#161514;--ink:#ece9e3;--soft:#a19c93;--rule:#35332f;--c0:#f07f8d;--c1:#e3ab55;--c2:#6aa9e6;--c3:#5cc3d1"
+STYLE = f"""
+svg {{ {LIGHT}; font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
+@media (prefers-color-scheme: dark) {{ svg {{ {DARK} }} }}
+.page {{ fill: var(--page); }} text {{ fill: var(--ink); }} .title {{ font-size: 16px; font-weight: 600; }}
+.tick, .axis, .soft {{ fill: var(--soft); }} .grid {{ stroke: var(--rule); }}
+.line {{ fill: none; stroke-width: 2; stroke-linejoin: round; }}
+"""
+
+
+def plot(file: Path) -> Path:
+    """Draw results against demonstrations, as an SVG beside their file; returns its path."""
+    record = json.loads(file.read_text())
+    costs = seconds_by_shots(record.get("figures", {}))
+    if not costs:
+        raise SystemExit(f"{file}: no seconds a query, expected the results of benchmarks/evaluation.py")
+    shots = sorted({count for cost in costs.values() for count in cost})
+    lines = [
+        Series(name, [float(shots.index(count)) for count in cost], list(cost.values()), colour, dots=True)
+        for colour, (name, cost) in enumerate(costs.items())
+    ]
+    chart = line_chart(
+        lines,
+        title="seconds a query against demonstrations",
+        x_label="demonstrations before the query",
+        y_label="seconds a query (logarithmic)",
+        log=True,
+        x_names=[str(count) for count in shots],
+        size=(WIDTH, HEIGHT),
+    )
+    machine = record["machine"]
+    where = machine["gpus"] if machine["gpus"] != "none" else f"{machine['cores']} cores of {machine['processor']}"
+    below = [
+        f'<circle class="f{colour}" cx="{EDGE + 5}" cy="{HEAD + HEIGHT + ROW * (colour + 1) - 4}" r="5"/>'
+        + _line(
+            f"{name}: {', '.join(f'{each:#.3g}' for each in cost.values())} s",
+            EDGE + 18,
+            HEAD + HEIGHT + ROW * (colour + 1),
+        )
+        for colour, (name, cost) in enumerate(costs.items())
+    ]
+    paint = " ".join(f".s{n} {{ stroke: var(--c{n}); }} .f{n} {{ fill: var(--c{n}); }}" for n in range(len(costs)))
+    width, height = WIDTH + 2 * EDGE, HEAD + HEIGHT + ROW * (len(costs) + 1)
+    path = file.with_suffix(".svg")
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<style>{STYLE}{paint}</style><rect class="page" width="{width}" height="{height}"/>'
+        + _line("The cost of a query against demonstrations", EDGE, 28, "title")
+        + _line(f"{CANDIDATES} candidates are ranked for each query, with equal weights and scores", EDGE, 48, "soft")
+        + _line(f"{record['command']}, on {where}", EDGE, 66, "soft")
+        + chart.replace("<svg", f'<svg x="{EDGE}" y="{HEAD}" width="{WIDTH}" height="{HEIGHT}"', 1)
+        + "".join(below)
+        + "</svg>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def seconds_by_shots(figures: Mapping[str, float | str]) -> dict[str, dict[int, float]]:
+    """Line → demonstrations → seconds a query. Without any there is nothing to share: lines of a side meet there."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for name, value in figures.items():
+        match = re.fullmatch(r"(\d+) (own|shared) demonstrations: seconds a query (\w+)", name)
+        if match:
+            shots, kind, side = int(match[1]), match[2], match[3]
+            for each in (kind,) if shots else ("own", "shared"):
+                found.setdefault((side, each), {})[shots] = float(value)
+    return {f"{side}, {kind} demonstrations": dict(sorted(found[side, kind].items())) for side, kind in sorted(found)}
+
+
+def _line(text: str, x: int, y: int, kind: str = "") -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}">{escape(text)}</text>'
 
 
 if __name__ == "__main__":

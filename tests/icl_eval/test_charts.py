@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
+import shutil
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from icl_eval.charts import Interval, Series, interval_chart, line_chart, log_ticks, tick_names, ticks
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def axis(svg: str, of: str) -> dict[str, float]:
@@ -79,3 +86,27 @@ def test_intervals_reach_from_end_to_end(most):
         for at, whisker in zip(("0.8", "0.2"), whiskers, strict=True)
     ]
     assert ">accuracy</text>" in svg
+
+
+def test_the_plot_of_costs_is_that_of_the_results(tmp_path, monkeypatch):
+    """A plot kept beside newer figures; a line of the wrong side, or one that needs something from elsewhere."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    evaluation: Any = importlib.import_module("evaluation")
+    kept = BENCHMARKS / "results" / "evaluation.json"
+    file = Path(shutil.copy(kept, tmp_path))
+    assert evaluation.plot(file).read_text() == kept.with_suffix(".svg").read_text()
+    figures = json.loads(file.read_text())["figures"]
+    costs = evaluation.seconds_by_shots(figures)
+    assert [name for name in costs if name.startswith("ours")] == [
+        "ours, own demonstrations",
+        "ours, shared demonstrations",
+    ]
+    assert list(costs["ours, shared demonstrations"].values()) == [
+        figures[f"{each} demonstrations: seconds a query ours"] for each in ("0 own", "8 shared", "32 shared")
+    ]
+    svg = file.with_suffix(".svg").read_text()
+    ElementTree.fromstring(svg)
+    assert not re.search(r"""(src|href)=|url\(|@import|<script""", svg)
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="no seconds a query"):
+        evaluation.plot(file)
