@@ -345,8 +345,9 @@ def check_shots(task: Task, pool: Pool, shots: int) -> None:
         FlamingoError: it names the task, the shots asked for, and the most there are.
     """
     if task.ways and not task.within:
-        # One picture of the query's class is the query.
-        most, why = min(map(len, pool.support_by_label.values())) - pool.same, "pictures of a class, less the query"
+        # Classes without a query are never shown; one picture of the query's class is the query.
+        sizes = [len(places) for label, places in pool.support_by_label.items() if label in pool.queries_by_label]
+        most, why = min(sizes, default=0) - pool.same, "pictures of a class, less the query"
     else:
         most, why = len(pool.support) - pool.same, "examples of the support, less the query"
     if not 0 <= shots <= most:

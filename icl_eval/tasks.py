@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ class Task:
     begin with "_" are no tasks of their own.
 
     Attributes:
-        name: how results call it; enters the seed of every draw.
+        name: how results and their files call it; enters the seed of every draw.
         version: raised whenever a change of the task changes its scores.
         dataset: a key of `icl_eval.datasets.DATASETS`, or a folder of questions of one's own.
         split: of the queries; of the embedded ones "validation", "test" and "scripts" are held out of training.
@@ -139,12 +140,24 @@ def load_task(name: str | Path) -> Task:
     return _checked(_read(path, ()), str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, including: tuple[Path, ...]) -> dict[str, tuple[Any, str]]:
     """Keys of a file and of what it includes: the value, and the file that it stands in."""
     if path.resolve() in including:
         raise FlamingoError(f"{path}: include: it includes itself")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise FlamingoError(f"{path}: expected a file that can be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -189,6 +202,7 @@ def _faults(task: Task) -> list[tuple[str, str, str]]:
         ("template", len(slots) == 1 and task.template.count(f"{{{slots[0]}}}") == 1, "{answer} or {label} once"),
         ("template", IMAGE not in after, f"each {IMAGE} before the answer"),
         ("shots", bool(task.shots) and min(task.shots, default=0) >= 0, "numbers from 0"),
+        ("name", bool(re.fullmatch(r"[^./\\][^/\\]*", task.name)), "text that a file's name may begin with"),
         ("separator", not task.separator.strip(), "white space"),
         ("queries", task.queries >= (binding and not task.within), f"at least {int(binding and not task.within)}"),
         ("ensemble", 1 <= task.ensemble <= (1 if generates else MOST_ORDERS),
@@ -199,6 +213,7 @@ def _faults(task: Task) -> list[tuple[str, str, str]]:
         ("metric", not generates or takes == "text", "a metric of texts where answers are generated"),
         ("ways", task.ways == 0 or task.ways >= 2, "at least 2"),
         ("ways", not (binding and generates), "none where answers are generated"),
+        ("features", not task.features or task.demonstrations == "rices", "nothing where demonstrations are not rices"),
         ("demonstrations", not binding or task.demonstrations == "balanced", "balanced where there are ways"),
         ("zero_shot", not binding or task.zero_shot == "honest", "honest where there are ways"),
         ("names", bool(task.names) == binding, "fresh or fixed where there are ways, and else nothing"),

@@ -52,6 +52,8 @@ def test_every_task_of_the_package_loads():
         ({"generate": {"beams": 2}}, "generate: {'beams': 2}, expected max_new_tokens and beams"),
         ({"mode": "generate"}, "generate: None, expected max_new_tokens and beams"),
         ({"demonstrations": "random"}, "demonstrations: 'random', expected balanced where there are ways"),
+        ({"name": "../mine"}, "name: '../mine', expected text that a file's name may begin with"),
+        ({"features": "clip"}, "features: 'clip', expected nothing where demonstrations are not rices"),
         ({"ensemble": 7}, "ensemble: 7, expected 1 to 6"),
         ({"separator": "|"}, "separator: '|', expected white space"),
         ({"metric": "acc"}, "metric: 'acc', expected one of accuracy, top1"),
@@ -76,6 +78,14 @@ def test_a_bad_task_names_file_and_key(tmp_path, change, message):
     with pytest.raises(FlamingoError) as raised:
         load_pool(load_task(file))
     assert str(raised.value).startswith(f"{file}: {message}")
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    """The first of two lines that is lost without a word."""
+    file = tmp_path / "mine.yaml"
+    file.write_text((FOLDER / "glyphs_5way.yaml").read_text() + "shots: [1]\n")
+    with pytest.raises(FlamingoError, match=r"mine\.yaml: .*'shots' is there twice\s+in .* line 15"):
+        load_task(file)
 
 
 def test_what_is_included_counts_unless_a_file_says_otherwise(tmp_path):
@@ -176,6 +186,11 @@ def test_too_many_shots_are_refused(glyphs):
     task, pool = glyphs
     with pytest.raises(FlamingoError, match=r"shots: 40, expected 0 to 15"):
         check_shots(task, pool, 40)
+
+
+def test_shots_before_images_chosen_by_similarity_are_no_zero_shot():
+    """The names of the two most similar images before a query "at 0 shots", which are its own name most often."""
+    assert all(task.zero_shot == "honest" for task in map(load_task, available()) if task.demonstrations == "rices")
 
 
 def test_bootstrap_interval_covers_the_truth():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flamingo import FlamingoError
 from icl_eval.datasets import Example
-from icl_eval.demonstrations import Draws, generator, orders, without_replacement
+from icl_eval.demonstrations import Draws, check_shots, generator, orders, without_replacement
 from icl_eval.sources import Pool
 from icl_eval.tasks import Task
 from tests.icl_eval.made import Made
@@ -187,6 +187,15 @@ def test_binding_takes_queries_and_demonstrations_from_their_own_splits():
         assert all(not pool.digests(each.example) & pool.digests(episode.query) for each in episode.ranking)
         seen.add(episode.candidates)
     assert len(seen) == 6  # of b, c, d, in both orders
+
+
+def test_a_class_without_a_query_does_not_limit_the_shots():
+    """Two shots refused because a class that is never asked for has one picture."""
+    support = [*(example(number, number, "ab"[number % 2]) for number in range(8)), example(50, 50, "c")]
+    task, pool, _ = binding(support, [example(100, 100, "a"), example(101, 101, "b")])
+    check_shots(task, pool, 4)
+    with pytest.raises(FlamingoError, match="f: shots: 5, expected 0 to 4"):
+        check_shots(task, pool, 5)
 
 
 def test_binding_within_a_group_keeps_to_it():
