@@ -39,7 +39,7 @@ def exact_match(predictions: Sequence[str], targets: Sequence[Sequence[str]]) ->
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).removesuffix(".")
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
 def weighted_auc(scores: np.ndarray, positive: np.ndarray) -> Figures:

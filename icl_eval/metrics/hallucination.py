@@ -6,6 +6,7 @@ POPE: Li et al. 2023 (arXiv 2305.10355), figures for each split by `icl_eval.met
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def _prepare_pope(predictions: Sequence[str], targets: Sequence[str], _: Sequenc
         ]
         return np.stack(columns, axis=1)
 
-    neither = sum(not {"yes", "no", "not"} & set(text.lower().replace(".", " ").split()) for text in predictions)
+    neither = sum(re.search(r"\b(yes|no|not)\b", text, re.IGNORECASE) is None for text in predictions)
     details = {
         "rules": "POPE's script: yes unless the first sentence says no or not",
         "neither yes nor no": str(neither),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ TAKES = {
 
 
 class Figure(NamedTuple):
-    """A number and its bootstrap interval; no interval where resampling the queries cannot give one."""
+    """A number and its bootstrap interval; no interval where resampling the queries cannot give one: see `score`."""
 
     value: float
     interval: tuple[float, float] | None
@@ -134,7 +135,7 @@ class Metric:
             targets: Q of the kind `targets`.
             groups: of each query, the picture that it asks about: see `resampled` in bootstrap.py.
             level: of the intervals.
-            resamples: of the bootstrap; 0: no intervals.
+            resamples: of the bootstrap; 0: no intervals. None either where there is but one query or group.
             seed: of the bootstrap's draws.
 
         Raises:
@@ -146,7 +147,8 @@ class Metric:
         queries = len(predictions)
         values = prepared.figures(np.ones((1, queries)))[0]
         intervals: list[tuple[float, float] | None] = [None] * len(values)
-        if resamples:
+        units = queries if groups is None else len(set(map(str, groups)))
+        if resamples and units > 1:  # a single one is drawn every time, as if its value were certain
             found = bootstrap(
                 prepared.figures, queries, groups=groups, level=level, resamples=resamples, seed=seed
             ).tolist()
@@ -157,7 +159,8 @@ class Metric:
         }
         figures |= {name: Figure(value, None) for name, value in prepared.whole.items()}
         unit = "queries" if groups is None else "groups of queries"
-        details = {**prepared.details, "interval": f"percentile bootstrap, {resamples} draws of {unit}, level {level}"}
+        drawn = f"percentile bootstrap, {resamples} draws of {unit}, level {level}"
+        details = {**prepared.details, "interval": drawn if units > 1 else f"none: {unit}, but one of them"}
         return Score(self.name, figures, prepared.per_item, queries, details)
 
     def prepared(
@@ -174,10 +177,16 @@ class Metric:
         for place, prediction in enumerate(predictions):
             if self.takes == "text" and not isinstance(prediction, str):
                 raise FlamingoError(f"metric {self.name}: prediction {place} is {prediction!r}, expected text")
-            if self.takes == "score" and not math.isfinite(prediction):
+            if self.takes == "score" and not (isinstance(prediction, Real) and math.isfinite(prediction)):
                 raise FlamingoError(
                     f"metric {self.name}: prediction {place} is {prediction!r}, expected a finite number"
                 )
+            if self.takes == "index" and not isinstance(prediction, Integral):
+                raise FlamingoError(f"metric {self.name}: prediction {place} is {prediction!r}, expected an index")
+        if self.takes in ("index", "ranking"):
+            for place, target in enumerate(targets):
+                if not isinstance(target, Integral):
+                    raise FlamingoError(f"metric {self.name}: target {place} is {target!r}, expected an index")
         return self.prepare(predictions, targets, groups)
 
 

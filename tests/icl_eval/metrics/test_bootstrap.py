@@ -52,6 +52,14 @@ def test_spread_over_seeds() -> None:
         over_seeds([])
 
 
+def test_one_query_has_no_interval() -> None:
+    """A single answer, or one picture's questions, given as certain: the same is drawn every time."""
+    score = METRICS["accuracy"].score([1], [1])
+    assert (score.value, score.interval) == (1.0, None) and "one of them" in score.details["interval"]
+    assert METRICS["accuracy"].score([1, 0], [1, 1], groups=["a", "a"]).interval is None
+    assert METRICS["accuracy"].score([1, 0], [1, 1], groups=["a", "b"]).interval == (0, 1)
+
+
 EXAMPLES = {
     "accuracy": ([0, 1, 1], [0, 1, 0]),
     "top1": ([[0, 1], [1, 0], [1, 0]], [0, 1, 0]),
@@ -64,7 +72,7 @@ EXAMPLES = {
     "vqa_accuracy_open_flamingo": (["a", "b", "c"], [["a", "x", "a"], ["x", "b"], ["c", "c"]]),
     "ok_vqa_accuracy": (["dogs", "b", "c"], [[("dogs", "dog"), ("x", "x")], ["b", "b"], ["c", "d"]]),
     "pope": (["yes", "no", "no"], ["yes", "no", "yes"]),
-    "mme": (["yes", "no"], ["yes", "yes"]),
+    "mme": (["yes", "no", "no", "no"], ["yes", "yes", "no", "no"]),
 }
 
 
@@ -74,7 +82,7 @@ def test_every_metric_gives_plain_figures_from_its_queries(name: str, monkeypatc
     monkeypatch.setattr("shutil.which", lambda _: None)  # METEOR takes seconds
     metric = METRICS[name]
     predictions, targets = EXAMPLES[name]
-    groups = ["picture"] * len(predictions) if metric.grouped else None
+    groups = [place // 2 for place in range(len(predictions))] if metric.grouped else None
     score = metric.score(predictions, targets, groups=groups, resamples=50, seed=1)
     again = metric.score(predictions, targets, groups=groups, resamples=50, seed=1)
     assert metric.name == name
@@ -100,6 +108,15 @@ def test_every_metric_refuses_what_it_cannot_score(name: str) -> None:
         METRICS[name].score(predictions, targets[:1], groups=["a"] * len(predictions))
     with pytest.raises(FlamingoError, match="at least one"):
         METRICS[name]([], [])
+    if METRICS[name].takes == "index":
+        with pytest.raises(FlamingoError, match="prediction 1 is '1', expected an index"):
+            METRICS[name]([0, "1", 1], targets)
+    if METRICS[name].takes in ("index", "ranking"):
+        with pytest.raises(FlamingoError, match="target 2 is None, expected an index"):
+            METRICS[name](predictions, [*targets[:2], None])
+    if METRICS[name].takes == "score":
+        with pytest.raises(FlamingoError, match="prediction 0 is 'x', expected a finite number"):
+            METRICS[name].score(["x"], [1])
     if METRICS[name].takes == "text":
         with pytest.raises(FlamingoError, match="prediction 0 is 3, expected text"):
             METRICS[name]([3], targets[:1])

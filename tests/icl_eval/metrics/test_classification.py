@@ -23,6 +23,7 @@ def test_top_5_counts_the_first_five() -> None:
 def test_exact_match_ignores_case_spacing_and_a_last_full_stop() -> None:
     """An answer that counts as wrong for its capital letter, or any answer that merely begins like the right one."""
     assert METRICS["exact_match"](["A  red dog.", "a red", ""], [["x", "a red dog"]] * 3).tolist() == [1, 0, 0]
+    assert METRICS["exact_match"](["a red dog ."], [["A red dog"]]).tolist() == [1]
 
 
 def test_auc_is_that_of_scikit_learn_under_any_weights() -> None:

@@ -47,6 +47,12 @@ def test_popes_figures_are_those_of_scikit_learn() -> None:
     assert all(low <= value <= high for value, (low, high) in score.figures.values())
 
 
+def test_answers_that_are_neither_are_counted() -> None:
+    """An answer that counts as neither for the comma behind its yes, or none at all as an answer."""
+    said = ["Yes, there is.", "no!", "It is not", "nothing", "", "YES"]
+    assert METRICS["pope"].score(said, ["yes"] * 6).details["neither yes nor no"] == "2"
+
+
 def test_popes_figures_by_split() -> None:
     """Splits pooled: the adversarial questions hidden among the easy ones."""
     found = by_split(METRICS["pope"], ["yes", "yes", "no"], ["yes", "no", "no"], ["random", "popular", "random"])
