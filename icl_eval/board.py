@@ -1,8 +1,9 @@
 """`flamingo-eval board RUNS…`: a leader board over result folders, as a page, as Markdown or as JSON.
 
 Runs stand in one table only where they were asked the same: the same task in the same version, with the same settings,
-seed and number of queries. Else a task has several tables, and each says in what it differs. The file depends on the
-results alone, not on the order in which they are given nor on the time; best first, by the score at the most shots.
+seed and number of queries, on the same examples. Else a task has several tables, and each says in what it differs. The
+file depends on the results alone, not on the order in which they are given nor on the time; best first, by the score at
+the most shots.
 """
 
 from __future__ import annotations
@@ -109,10 +110,12 @@ class Board:
         parts = [f"# {_escaped(title)}"]
         for each in self.standings:
             parts += [f"## {_escaped(each.heading)}", f"{_escaped(each.about)}, by shots."]
-            rows = [[row.run, *(_in_markdown(row.entries[count]) for count in each.shots)] for row in each.rows]
+            rows = [
+                [_escaped(row.run), *(_in_markdown(row.entries[count]) for count in each.shots)] for row in each.rows
+            ]
             parts.append(_markdown_table(["run", *map(str, each.shots)], rows))
         columns = list(dict.fromkeys(name for run in self.runs.values() for name in run))
-        runs = [[label, *(run.get(name, "–") for name in columns)] for label, run in self.runs.items()]
+        runs = [[_escaped(label), *(run.get(name, "–") for name in columns)] for label, run in self.runs.items()]
         parts += ["## Runs", _markdown_table(["run", *columns], runs), NOTE]
         return "\n\n".join(parts) + "\n"
 
@@ -164,7 +167,9 @@ def _editions(run: SavedResults, task: str, cells: Sequence[SavedCell]) -> dict[
     found: dict[str, list[SavedCell]] = defaultdict(list)
     definition = {name: value for name, value in run.tasks[task].items() if name not in NOT_COMPARED}
     for cell in cells:
-        edition = {**definition, "queries": cell.score.queries, "seed": run.seeds.get(task, definition.get("seed"))}
+        asked = {"queries": cell.score.queries, "seed": run.seeds.get(task, definition.get("seed"))}
+        examples = run.facts.get("examples", {}).get(task)
+        edition = {**definition, **asked, "examples": examples and examples[:SHORT]}
         found[json.dumps(edition, sort_keys=True, ensure_ascii=False)].append(cell)
     return found
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import platform
 import subprocess
 import time
@@ -9,14 +12,13 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 
 from flamingo.errors import FlamingoError
 from flamingo.modeling import FlamingoForConditionalGeneration
@@ -24,12 +26,12 @@ from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Episode, Similarity
 from icl_eval.diagnostics import DIAGNOSTICS
 from icl_eval.engine import TIE, Answerer, Engine
-from icl_eval.features import Features
-from icl_eval.ledger import FolderLedger, Lines, MemoryLedger, is_distributed, rank_and_ranks, wait
+from icl_eval.features import Features, tower_hash
+from icl_eval.ledger import FolderLedger, Lines, MemoryLedger, rank_and_ranks, wait, written
 from icl_eval.metrics import METRICS
 from icl_eval.outcomes import DECIMALS, DECIMALS_OF_FLOAT64, Outcome, decide, generated, ranked, top_k
 from icl_eval.questions import Asked, CellKey, Questions, cell_keys
-from icl_eval.results import PREDICTIONS, RESULTS, SCHEMA, Cell, Results, summary
+from icl_eval.results import PREDICTIONS, RESULTS, Cell, Results, identity_of, outcome_of, summary
 from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import CHOICES, HELD_OUT, Task, load_task
 from icl_eval.verdicts import diagnoses
@@ -49,8 +51,8 @@ __all__ = [
 
 WINDOW = 256  # queries, at least, that are drawn, asked and written at a time
 PACKAGES = ("flamingo-icl", "torch", "transformers", "tokenizers", "numpy", "pillow")
+ROOMS = ("flamingo", "data_shards", "icl_eval", "train")
 
-T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with a task's name, and how many of its queries are done and there are (all shots and controls)."""
 Closing = Callable[[], AbstractContextManager[Any]]
@@ -74,11 +76,13 @@ def evaluate(
         tasks: names, paths of YAML files, or tasks.
         batch_size: queries of a batch; scores do not depend on it beyond 1e-5.
         cache: folder for features of pictures, see `icl_eval.features.Features`.
-        options: of `evaluate_answerer`.
+        options: of `evaluate_answerer`. Facts that name no model are given hashes of it, where there is an `out`.
 
     Raises:
         FlamingoError: what is wrong with a task or an argument, in one line.
     """
+    if options.get("out") is not None:
+        options["facts"] = _facts_of(model, processor, options.get("facts") or {})
     with evaluating(model):
         return evaluate_answerer(
             lambda: Engine(model, processor, batch_size=batch_size),
@@ -111,6 +115,7 @@ def evaluate_answerer(
     window: int = WINDOW,
     decimals: int = DECIMALS,
     progress: Progress | None = None,
+    keep: bool = False,
 ) -> Results:
     """Score whatever answers, such as another project's model (`icl_eval.peers`).
 
@@ -127,21 +132,28 @@ def evaluate_answerer(
         data: the folder in which the folders of data sets are; see `load_pool`.
         out: folder of the results, which all ranks see. Answers are written there as they come; an evaluation that was
             killed goes on where it stopped. Without it all answers are kept in memory, and nothing is written.
-        facts: further facts of the results; they are part of what tells one unfinished evaluation from another.
+        facts: further facts of the results; they, such as the model's hash, and hashes of the tasks' examples are part
+            of what tells one evaluation from another, whose answers or results in `out` are refused.
         similarity: makes what `demonstrations: rices` goes by.
         closed: for the control `gates_at_zero`.
         window: queries that are drawn, asked and written at a time: what is held in memory.
         decimals: of scores that are kept.
         progress: see `Progress`; called on every rank.
+        keep: in `out` also what a killed evaluation goes on from, until `ledger.discard`: for a part of a longer one.
 
     Raises:
-        FlamingoError: what is wrong with a task or an argument, in one line.
+        FlamingoError: what is wrong with a task or an argument, in one line; a score is no finite number.
     """
+    if window < 1:
+        raise FlamingoError(f"window: {window}, expected at least 1")
     run_tasks = [
         prepared(task, shots=shots, queries=queries, seed=seed, split=split, zero_shot=zero_shot) for task in tasks
     ]
-    if len({task.name for task in run_tasks}) < len(run_tasks):
-        raise FlamingoError(f"tasks: expected different names, got {', '.join(task.name for task in run_tasks)}")
+    for argument, names in (("tasks", [task.name for task in run_tasks]), ("controls", controls)):
+        if len(set(names)) < len(names):
+            raise FlamingoError(f"{argument}: expected different names, got {', '.join(names)}")
+    if not run_tasks:
+        raise FlamingoError("tasks: none, expected at least one")
     for control in controls:
         if control not in DIAGNOSTICS:
             raise FlamingoError(f"controls: {control!r}, expected some of {', '.join(DIAGNOSTICS)}")
@@ -153,11 +165,14 @@ def evaluate_answerer(
         pool = load_pool(task, data)
         # Features are made once the model is at hand.
         questions[task.name] = Questions(replace(task, chance=_chance(task, pool)), pool, keys[task.name])
+        if not questions[task.name].draws.count:
+            raise FlamingoError(f"{task.file}: split: {task.split!r} of {task.dataset} has no examples to ask about")
     tasks_run = {name: each.task for name, each in questions.items()}
     results = Results(tasks_run, [], {name: task.seed for name, task in tasks_run.items()}, {}, data=data)
-    results.facts = {**provenance(), **(facts or {})}
+    examples = {name: _hash_of_examples(each.pool) for name, each in questions.items()}
+    results.facts = {**provenance(), "examples": examples, **(facts or {})}
     made = answerer() if callable(answerer) else answerer
-    ledger = MemoryLedger() if out is None else FolderLedger(Path(out), _identity(results, controls))
+    ledger = MemoryLedger() if out is None else FolderLedger(Path(out), _identity(results, keys))
     run = _Run(made, ledger, closed, window, decimals, progress)
     for name, each in questions.items():
         start = time.perf_counter()
@@ -170,7 +185,7 @@ def evaluate_answerer(
     results.diagnostics = diagnoses(results)
     if out is not None:
         results.cells = _saved(results, Path(out))
-    ledger.close()
+    ledger.close(keep=keep)
     return results
 
 
@@ -189,6 +204,8 @@ def prepared(
         FlamingoError: what is wrong with the task or an option.
     """
     task = task if isinstance(task, Task) else load_task(task)
+    if shots is not None and not len(shots):
+        raise FlamingoError("shots: none, expected numbers from 0")
     if shots is not None and any(task.shots):
         task = replace(task, shots=tuple(sorted(set(shots))))
     if queries is not None:
@@ -197,6 +214,8 @@ def prepared(
         task = replace(task, queries=queries)
     if seed is not None:
         task = replace(task, seed=seed)
+    if task.seed < 0:
+        raise FlamingoError(f"task {task.name}: seed: {task.seed}, expected at least 0")
     if split is not None and task.split in HELD_OUT:
         task = replace(task, split=split)
     if zero_shot is not None and not task.ways:
@@ -215,22 +234,42 @@ def _chance(task: Task, pool: Pool) -> float | None:
     best = {"accuracy": 1, "top1": 1, "top5": 5}.get(task.metric)
     if task.mode != "rank" or best is None:
         return 0.5 if task.metric in ("roc_auc", "pope") else None
+    if not pool.queries:
+        return None
     counts = [len(pool.choices(query)) for query in pool.queries]
     return float(np.mean([min(best, count) / count for count in counts]))
 
 
-def _identity(results: Results, controls: Sequence[str]) -> dict[str, Any]:
-    """What must be the same for an evaluation to go on from an unfinished one."""
-    facts = {name: fact for name, fact in results.facts.items() if name not in ("commit", "machine")}
-    about = {"schema": SCHEMA, "controls": list(controls), "facts": facts}
-    tasks = {name: {**task.definition(), "file": ""} for name, task in results.tasks.items()}
-    return {**about, "tasks": tasks}
+def _identity(results: Results, keys: Mapping[str, Sequence[CellKey]]) -> dict[str, Any]:
+    """What must be the same for an evaluation to go on from an unfinished one, or to take the place of results."""
+    cells = [{"task": name, "shots": shots, "control": control} for name, own in keys.items() for shots, control in own]
+    return identity_of({**results.as_dict(), "cells": cells})
+
+
+def _facts_of(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Facts that tell a model from all others: its weights, unless these are told, and what else scores hang on."""
+    how = [model.config.to_json_string(), processor.image_processor.to_json_string()]
+    hashed = hashlib.sha256(json.dumps([*how, sorted(processor.tokenizer.get_vocab().items())]).encode()).hexdigest()
+    known = {"processing": hashed, **facts}
+    return known if "model" in facts else {"model": {"sha256": {"in memory": tower_hash(model, processor)}}, **known}
+
+
+def _hash_of_examples(pool: Pool) -> str:
+    """SHA-256 of what a task's queries and demonstrations are: ids, texts and names of media, not what these show."""
+    hashed = hashlib.sha256(json.dumps(pool.candidates).encode())
+    for example in itertools.chain(pool.queries, () if pool.same else pool.support):
+        values = [getattr(example, each.name) for each in fields(example)]
+        hashed.update(json.dumps(values, sort_keys=True, default=dict).encode())
+    return hashed.hexdigest()
 
 
 def _saved(results: Results, folder: Path) -> list[Cell]:
     """Write the results; the cells with outcomes that are read from there."""
     if rank_and_ranks()[0] == 0:
-        results.save(folder)
+        with written(folder):
+            results.save(folder)
     wait()
     return list(_from_file(results.cells, folder / PREDICTIONS))
 
@@ -245,19 +284,20 @@ def _from_file(cells: Sequence[Cell], path: Path) -> Iterator[Cell]:
     first = 0
     for cell in cells:
         last = first + len(cell.outcomes)
-        yield replace(cell, outcomes=Lines([path], places[first:last], Outcome.of))
+        yield replace(cell, outcomes=Lines([path], places[first:last], outcome_of))
         first = last
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for the time being."""
-    training = model.training
+    """Put a model into evaluation mode for the time being; each module comes back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 # -- one task ----------------------------------------------------------------------------------------------------------
@@ -341,7 +381,9 @@ class _Run:
         prompt = questions.prompts(episode, key)[0]
         if questions.task.generate is not None:
             return generated(questions, episode, prompt, answers[0])
-        return ranked(questions, episode, prompt, np.mean(answers, axis=0), self.decimals)
+        scores = np.mean(answers, axis=0)
+        check_finite(scores, f"task {questions.task.name}: query {episode.query_id} at {key[0]} shots")
+        return ranked(questions, episode, prompt, scores, self.decimals)
 
 
 def _cell(questions: Questions, key: CellKey, outcomes: Sequence[Outcome]) -> Cell:
@@ -361,19 +403,14 @@ def _cell(questions: Questions, key: CellKey, outcomes: Sequence[Outcome]) -> Ce
 # -- what every evaluation has in common -------------------------------------------------------------------------------
 
 
-def share(count: int) -> range:
-    """Which of `count` queries are this rank's."""
-    rank, ranks = rank_and_ranks()
-    return range(rank, count, ranks)
+def check_finite(scores: np.ndarray, query: str) -> None:
+    """Refuse log-likelihoods of which the best is none: a broken model would count as one that is wrong.
 
-
-def gathered(own: list[T], place: Callable[[T], Any]) -> list[T]:
-    """The outcomes of all ranks, in order of `place`."""
-    if not is_distributed():
-        return own
-    shares: list[list[T]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(shares, own)
-    return sorted((outcome for share in shares for outcome in share), key=place)
+    Raises:
+        FlamingoError: it names the query.
+    """
+    if not np.isfinite(scores.max()):  # NaN, wherever it is, is the maximum
+        raise FlamingoError(f"{query}: log-likelihoods {scores.tolist()!r:.80}, expected finite numbers")
 
 
 # -- where results come from -------------------------------------------------------------------------------------------
@@ -395,12 +432,16 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    root = Path(__file__).parents[1]
+
     def git(*command: str) -> str:
-        folder = str(Path(__file__).parent)
-        done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10
+        )
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", ".") else "")
+        git("ls-files", "--error-unmatch", __file__)  # else it is installed inside of somebody else's checkout
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", "--", *ROOMS) else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -41,7 +41,8 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import generator
 from icl_eval.engine import TIE, Chunk, Engine, Ladder, Query
-from icl_eval.evaluation import Progress, decide, evaluating, gathered, provenance, share
+from icl_eval.evaluation import Progress, check_finite, decide, evaluating, provenance
+from icl_eval.ledger import exchanged, rank_and_ranks
 from icl_eval.metrics.bootstrap import LEVEL, bootstrap_interval, draws
 from icl_eval.metrics.classification import exact_match
 
@@ -99,8 +100,8 @@ def load_instructions(folder: str | Path) -> list[Item]:
                 raise FlamingoError(f"{folder / 'mixture.yaml'}: {dataset.name}: expected train_config_path")
             for query, contexts in _read(Path(dataset.train), list).items():
                 items.append(_item(folder, dataset, query, contexts, kinds, candidates))
-    ids = [item.id for item in items]
-    if again := {each for each in ids if ids.count(each) > 1}:
+    again = [key for key, count in Counter(item.id for item in items).items() if count > 1]
+    if again:
         raise FlamingoError(f"{folder}: {min(again)}: expected each id in one dataset")
     if not items:
         raise FlamingoError(f"{folder / 'mixture.yaml'}: expected datasets with queries, found none")
@@ -400,8 +401,10 @@ def evaluate_instructions(
         found = run.rank(asked)
         free = run.generate(shots, beams, max_new_tokens) if generate else {}
     order = {item.id: place for place, item in enumerate(items)}
+    shares = exchanged({key: run.outcomes(key, found[key], free.get(key)) for key in asked})
     outcomes = {
-        key: gathered(run.outcomes(key, found[key], free.get(key)), lambda outcome: order[outcome.id]) for key in asked
+        key: sorted((each for share in shares for each in share[key]), key=lambda outcome: order[outcome.id])
+        for key in asked
     }
     kinds = tuple(dict.fromkeys(item.kind for item in items))
     settings = {"seed": seed, **form, "generate": generate, "beams": beams, "max_new_tokens": max_new_tokens}
@@ -418,10 +421,11 @@ def _asked_cells(
     for control in controls:
         if control not in CONTROLS:
             raise FlamingoError(f"controls: {control!r}, expected some of {', '.join(CONTROLS)}")
-    most = max(*shots, *control_shots) if controls else max(shots)
-    for item in items:
-        if not 0 <= min((*shots, *control_shots)) <= most <= len(item.contexts):
-            raise FlamingoError(f"shots: {list(shots)}, expected 0 to {len(item.contexts)}, the examples of {item.id}")
+    for name, counts in (("shots", shots), ("control_shots", control_shots if controls else ())):
+        for item in items:
+            if not all(0 <= count <= len(item.contexts) for count in counts):
+                expected = f"0 to {len(item.contexts)}, the examples of {item.id}"
+                raise FlamingoError(f"{name}: {list(counts)}, expected {expected}")
     return [*((count, None) for count in shots), *((count, c) for c, count in product(controls, control_shots))]
 
 
@@ -438,7 +442,8 @@ class _Run:
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.own = [self.items[number] for number in share(len(self.items))]
+        rank, ranks = rank_and_ranks()
+        self.own = self.items[rank::ranks]
         self.alike: dict[str, list[Item]] = defaultdict(list)
         for item in self.items:
             self.alike[item.kind].append(item)
@@ -457,9 +462,9 @@ class _Run:
         """Scores of the own items' candidates, by cell."""
         found: dict[Key, list[np.ndarray]] = {}
         shut = [key for key in asked if key[1] == "gates_at_zero"]
-        for keys, gates in (([key for key in asked if key not in shut], nullcontext()), (shut, None)):
+        for keys in ([key for key in asked if key not in shut], shut):
             if keys:
-                with self.engine.model.gates_closed() if gates is None else gates:
+                with self.engine.model.gates_closed() if keys is shut else nullcontext():
                     ladders = [self.ladder(item, keys) for item in self.own]
                     scores = self.engine.rank(self.shelf, ladders, progress=self._advance)
                 found |= {key: [row[column] for row in scores] for column, key in enumerate(keys)}
@@ -487,6 +492,7 @@ class _Run:
 
     def _outcome(self, asked: Asked, scores: np.ndarray, answer: str | None) -> Outcome:
         item, examples = asked.item, asked.item.contexts[: asked.shots]
+        check_finite(scores, f"instructions: {item.id} after {asked.shots} examples")
         prediction, tied = decide(scores)
         chunks = [*(self.shelf.chunk(turn, turn) for turn in examples), asked.query(self.shelf).chunk]
         prompt = json.dumps([self.shelf.name(p) if isinstance(p, int) else [p] for c in chunks for p in c.parts])

@@ -7,6 +7,7 @@ In a folder, each rank appends the answers to a query, in all of its task's cell
     unfinished/rank-0.jsonl …    of this one
 
 Only where each line begins is held in memory. Without a folder the answers themselves are, and ranks exchange them.
+Nothing is gone on with, and no results are written over, but those of the same evaluation.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, TypeVar, overload
 
 import numpy as np
 from torch import distributed
 
 from flamingo.errors import FlamingoError
-from flamingo.files import whole, write_text
+from flamingo.files import read_object, whole, write_text
 from icl_eval.outcomes import Outcome
 from icl_eval.questions import CellKey
+from icl_eval.results import RESULTS, identity_of
 
 UNFINISHED = "unfinished"
+T = TypeVar("T")
 Answers = Mapping[CellKey, Outcome]
 """A query's outcome in each cell"""
 
@@ -44,6 +48,15 @@ def wait() -> None:
     """Until all ranks are here."""
     if is_distributed():
         distributed.barrier()
+
+
+def exchanged(own: T) -> list[T]:
+    """What each rank has, by ranks; every rank calls this."""
+    if not is_distributed():
+        return [own]
+    shares: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(shares, own)
+    return shares
 
 
 class Lines(Sequence[Outcome]):
@@ -100,15 +113,11 @@ class MemoryLedger:
 
     def collect(self, task: str, keys: Sequence[CellKey]) -> dict[CellKey, Sequence[Outcome]]:
         """All ranks' outcomes of each cell, in the order of queries; every rank calls this."""
-        own = self.answers.pop(task, {})
-        shares: list[dict[int, Answers]] = [own]
-        if is_distributed():
-            shares = [{} for _ in range(distributed.get_world_size())]
-            distributed.all_gather_object(shares, own)
+        shares = exchanged(self.answers.pop(task, {}))
         found = {number: answers for share in shares for number, answers in share.items()}
         return {key: tuple(found[number][key] for number in sorted(found)) for key in keys}
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         """Nothing is left behind."""
 
 
@@ -117,27 +126,38 @@ class FolderLedger:
 
     Args:
         folder: of the results.
-        identity: what is evaluated, as plain data: an unfinished evaluation is gone on with where it is the same.
+        identity: what is evaluated, see `identity_of`: an unfinished evaluation is gone on with where it is the same.
 
     Raises:
-        FlamingoError: the folder holds an unfinished evaluation of something else.
+        FlamingoError: the folder holds an unfinished evaluation, or results, of something else; it cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder = folder / UNFINISHED
         self._file: IO[str] | None = None
+        self._counts: dict[str, int] = {}
         text = json.dumps(identity, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        about = self.folder / "evaluation.json"
-        if about.exists() and about.read_text(encoding="utf-8") != text:
+        about, results, now = self.folder / "evaluation.json", folder / RESULTS, json.loads(text)
+        goes_on = about.exists()
+        if goes_on and (other := difference(read_object(about), now)):
             raise FlamingoError(
-                f"{self.folder}: holds an unfinished evaluation of another model, other tasks or other options; "
+                f"{self.folder}: holds an unfinished evaluation of another model, other data, tasks or options "
+                f"({other}); give another folder, or remove it"
+            )
+        if results.exists() and (other := difference(identity_of(read_object(results)), now)):
+            raise FlamingoError(
+                f"{results}: holds results of another model, other data, tasks or options ({other}); "
                 "give another folder, or remove it"
             )
         wait()  # until all have seen it as it was
         if rank_and_ranks()[0] == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(about, text)
-            self._join()
+            with written(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not goes_on:  # a finished evaluation that was killed while it tidied up may have left answers
+                    for part in self._parts():
+                        part.unlink()
+                write_text(about, text)
+                self._join()
         wait()
 
     def _join(self) -> None:
@@ -169,6 +189,7 @@ class FolderLedger:
 
     def done(self, task: str, count: int) -> np.ndarray:
         """See `MemoryLedger`."""
+        self._counts[task] = count
         answered = np.zeros(count, dtype=bool)
         answered[list(self._lines(task)[1])] = True
         wait()  # until all have read what was there
@@ -176,29 +197,73 @@ class FolderLedger:
 
     def add(self, task: str, answers: Mapping[int, Answers]) -> None:
         """See `MemoryLedger`; they are on disk when it returns, as far as a killed process goes."""
-        if self._file is None:
-            self._file = (self.folder / f"rank-{rank_and_ranks()[0]}.jsonl").open("a", encoding="utf-8")
-        for number, found in answers.items():
-            cells = [[*key, vars(outcome)] for key, outcome in found.items()]
-            line = {"task": task, "number": number, "cells": cells}
-            self._file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-        self._file.flush()
+        path = self.folder / f"rank-{rank_and_ranks()[0]}.jsonl"
+        with written(path):
+            if self._file is None:
+                self._file = path.open("a", encoding="utf-8")
+            for number, found in answers.items():
+                cells = [[*key, vars(outcome)] for key, outcome in found.items()]
+                line = {"task": task, "number": number, "cells": cells}
+                self._file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+            self._file.flush()
 
     def collect(self, task: str, keys: Sequence[CellKey]) -> dict[CellKey, Sequence[Outcome]]:
-        """See `MemoryLedger`."""
+        """See `MemoryLedger`.
+
+        Raises:
+            FlamingoError: answers of other ranks are not there, or somebody took them away.
+        """
         wait()
         files, found = self._lines(task)
+        if len(found) != self._counts[task]:
+            raise FlamingoError(
+                f"{self.folder}: {len(found)} of the {self._counts[task]} queries of {task} in it, expected a folder "
+                "that all ranks see, and no other evaluation in it at the same time"
+            )
         places = np.array([found[number] for number in sorted(found)], dtype=np.int64).reshape(-1, 2)
         return {key: Lines(files, places, _reader(key)) for key in keys}
 
-    def close(self) -> None:
-        """Remove what is kept of an evaluation that is finished; every rank calls this."""
+    def close(self, *, keep: bool = False) -> None:
+        """Remove what is kept of an evaluation that is finished, unless it is to be kept; every rank calls this."""
         if self._file is not None:
             self._file.close()
-        wait()
-        if rank_and_ranks()[0] == 0:
-            shutil.rmtree(self.folder)
-        wait()
+        if keep:
+            wait()
+        else:
+            discard(self.folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove what a folder of results keeps of a finished evaluation; every rank calls this."""
+    wait()
+    if rank_and_ranks()[0] == 0:
+        shutil.rmtree(folder / UNFINISHED)
+    wait()
+
+
+@contextmanager
+def written(place: Path) -> Iterator[None]:
+    """Within it a file or folder is written.
+
+    Raises:
+        FlamingoError: it cannot be, since the disk is full, say.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FlamingoError(
+            f"{place}: {error.strerror or error}, expected a folder with room to write in; "
+            "an evaluation that is started again goes on from what is there"
+        ) from error
+
+
+def difference(before: Any, now: Any, at: str = "") -> str | None:
+    """The first key in which two pieces of plain data differ, with both values; None: they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        each = (difference(before.get(key), now.get(key), f"{at}.{key}" if at else key) for key in keys)
+        return next(filter(None, each), None)
+    return None if before == now else f"{at}: {before!r:.60} there, {now!r:.60} here"
 
 
 def _reader(key: CellKey) -> Callable[[dict[str, Any]], Outcome]:

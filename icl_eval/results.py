@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from flamingo.files import whole, write_text
 from icl_eval.engine import TIE
 from icl_eval.metrics import Score
 from icl_eval.outcomes import Outcome
+from icl_eval.saved import PREDICTIONS, RESULTS
 from icl_eval.tasks import Task
 
 SCHEMA = 2
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,14 @@ class Results:
         return path
 
 
+def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is evaluated, of what `Results.as_dict` gives: equal for evaluations that must come to the same."""
+    facts = {name: fact for name, fact in content.get("facts", {}).items() if name not in ("commit", "machine")}
+    tasks = {name: {**task, "file": ""} for name, task in content.get("tasks", {}).items()}
+    cells = [[cell.get(key) for key in ("task", "shots", "control")] for cell in content.get("cells", ())]
+    return {"schema": content.get("schema"), "facts": facts, "tasks": tasks, "cells": cells}
+
+
 def _cell_as_dict(cell: Cell) -> dict[str, Any]:
     about: dict[str, Any] = {"task": cell.task, "shots": cell.shots, "control": cell.control}
     if cell.zero_shot is not None:
@@ -121,11 +130,18 @@ def _cell_as_dict(cell: Cell) -> dict[str, Any]:
 
 
 def _outcome_as_dict(outcome: Outcome) -> dict[str, Any]:
-    """Without what it does not have."""
+    """Without what it does not have; JSON knows no −inf."""
     left_out = {"group"} if outcome.group is None else set()
     if not outcome.candidates:
         left_out |= {"candidates", "scores", "tied"}
-    return {key: value for key, value in vars(outcome).items() if key not in left_out}
+    scores = [score if math.isfinite(score) else None for score in outcome.scores]
+    return {key: value for key, value in (vars(outcome) | {"scores": scores}).items() if key not in left_out}
+
+
+def outcome_of(line: Mapping[str, Any]) -> Outcome:
+    """From a line of `predictions.jsonl`."""
+    scores = [-math.inf if score is None else score for score in line.get("scores", ())]
+    return Outcome.of({**line, "scores": scores})
 
 
 def summary(results: Results) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from flamingo.files import read_object, sha256
 from icl_eval import board, compare, listing
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
 from icl_eval.evaluation import evaluate, evaluate_answerer, prepared
-from icl_eval.ledger import rank_and_ranks
+from icl_eval.ledger import discard, rank_and_ranks
 from icl_eval.report import write_report
 from icl_eval.results import RESULTS, Cell, Results
 from icl_eval.seeds import folder_of, write_seeds
@@ -44,6 +45,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "board": board.main,
 }
 """What may stand in the place of options"""
+PATIENCE = timedelta(days=7)
+"""for which ranks wait for the slowest: half an hour, as torch has it, ends long ones; torchrun sees to the dead"""
 
 
 @dataclass
@@ -110,8 +113,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
         parsed = parser.parse_args(plain_options(sys.argv[1:] if arguments is None else arguments))
     except ArgumentError as error:
         raise FlamingoError(str(error)) from None
-    names = [name for each in parsed.pop("task") or [] for name in each.split(",") if name]
-    return Options(**vars(parsed)), names or needing_no_files()
+    given = parsed.pop("task")
+    names = needing_no_files() if given is None else [name for each in given for name in each.split(",") if name]
+    return Options(**vars(parsed)), names
 
 
 def parse_numbers(option: str, text: str) -> list[int] | None:
@@ -218,7 +222,7 @@ def ranks() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield distributed.get_rank()
     finally:
@@ -259,6 +263,8 @@ def main() -> None:
     tasks = [load_task(name) for name in names]
     transformers_logging.disable_progress_bar()
     with ranks() as rank, progress_bars(shown=rank == 0) as progress:
+        if options.show < 0:
+            raise FlamingoError(f"--show {options.show}: expected a number of queries")
         if options.show:
             if rank_and_ranks()[1] > 1:
                 raise FlamingoError(f"--show {options.show}: expected a single process")
@@ -274,10 +280,14 @@ def main() -> None:
                 out=_out(options, seed),
                 facts=facts,
                 progress=progress,
+                keep=len(seeds) > 1,
                 **settings,
             )
             for seed in seeds
         }
+        if len(seeds) > 1:  # until here a killed evaluation went on with the answers to all of them
+            for seed in seeds:
+                discard(_out(options, seed))
     if rank == 0:
         for seed, results in runs.items():
             _report(options, results, _out(options, seed))
@@ -355,6 +365,17 @@ def _report(options: Options, results: Results, out: Path) -> None:
 
 
 def _device(name: str) -> str:
-    if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return name
+    """The device of this rank.
+
+    Raises:
+        FlamingoError: there is none of this name.
+    """
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if found == "cuda":
+        found = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        raise FlamingoError(f"--device {name}: expected cpu, cuda or auto ({said:.100})") from None
+    return found

@@ -21,7 +21,7 @@ from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo.document import Document
 from flamingo.processing import END_OF_CHUNK
 from icl_eval.demonstrations import Episode
-from icl_eval.evaluation import evaluate
+from icl_eval.evaluation import evaluate, evaluating
 from icl_eval.examples import in_a_row
 from icl_eval.features import Features
 from icl_eval.prompts import prompt_document
@@ -161,18 +161,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Buffers, because some LMs compute theirs anew for longer texts (rotary embeddings), and what is made in inference
     mode cannot be trained with.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  others' code may use them
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices):
-            model.eval()
+        with torch.random.fork_rng(devices), evaluating(model):
             yield
     finally:
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])  # noqa: NPY002
         for module, held in buffers:
             module._buffers.update(held)
-        for module, training in modes:
-            module.training = training

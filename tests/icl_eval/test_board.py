@@ -79,6 +79,19 @@ def test_runs_that_were_asked_otherwise_stand_in_other_tables(tmp_path):
     }
 
 
+def test_runs_on_other_examples_stand_in_other_tables(tmp_path):
+    """Scores on another edition of a data set, under the same name and of as many queries, ranked together."""
+    for name, digest in (("a", "1" * 64), ("b", "2" * 64), ("c", "1" * 64)):
+        write_run(tmp_path / name, right(5), facts={"examples": {"cats": digest}})
+    write_run(tmp_path / "unknown", right(5))
+    made = board(read([tmp_path / name for name in ("a", "b", "c", "unknown")]))
+    assert {each.heading: [row.run for row in each.rows] for each in made.standings} == {
+        "cats v1, examples 111111111111": ["a", "c"],
+        "cats v1, examples 222222222222": ["b"],
+        "cats v1, examples None": ["unknown"],
+    }
+
+
 def test_markdown(folders, tmp_path, capsys):
     """Numbers without intervals, cells of other columns, or names that Markdown takes for emphasis."""
     main([*map(str, folders), "--out", str(tmp_path / "board.md"), "--title", "Scores_of_today"])
@@ -90,6 +103,8 @@ def test_markdown(folders, tmp_path, capsys):
     assert f"| a | **0.600** ({low:.3f}–{high:.3f}) | 0.700 (" in rows[4]
     assert rows[3].startswith("| c | – | **0.900** (")
     assert any("/models/a | abababababab | c0ffee | 3.11.7" in row for row in rows)
+    main([f"*x|y*={folders[0]}"])
+    assert "| \\*x\\|y\\* |" in capsys.readouterr().out
     main(list(map(str, folders)))
     assert "| c | – | **0.900** (" in capsys.readouterr().out
 

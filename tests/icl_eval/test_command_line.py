@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from icl_eval.demonstrations import Draws
+from icl_eval.ledger import UNFINISHED
 from icl_eval.run import main
 from icl_eval.saved import read_results
 from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
 from tests.icl_eval.conftest import lively_flamingo
-from tests.icl_eval.made import write_own, write_task
+from tests.icl_eval.made import Stub, write_own, write_task
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,23 @@ def test_seeds_have_folders_of_their_own_and_a_spread(run, saved, tmp_path):
         assert run(*words, "--seeds", wrong, "--out", out)[2].startswith(f"error: --seeds {wrong}: expected")
     assert run(*words, "--seeds", "1", "--seed", "2", "--out", out)[0] == 2
     assert run(*words, "--zero-shot", "none", "--out", out)[2].startswith("error: zero_shot: 'none', expected one of")
+
+
+def test_several_seeds_go_on_where_they_were_killed(run, saved, tmp_path, monkeypatch):
+    """Seeds that were done already asked all over again, which may be most of the work."""
+    data, task, out = write_own(tmp_path), write_task(tmp_path), tmp_path / "out"
+    words = ("--model", saved, "--task", task, "--data", data, "--queries", 5, "--shots", "1", "--out", out)
+
+    class Dying(Stub):
+        def rank(self, *arguments, **options):
+            if len(self.asked) == 2:
+                raise KeyboardInterrupt
+            return super().rank(*arguments, **options)
+
+    for stub in (Dying(), Stub()):
+        monkeypatch.setattr("icl_eval.evaluation.Engine", lambda *_, stub=stub, **__: stub)
+        code, _, err = run(*words, "--seeds", "3,4,5")
+        assert code == (130 if isinstance(stub, Dying) else 0), err
+    assert stub.asked == [5], "the last seed alone"
+    assert json.loads((out / "seeds.json").read_text())["seeds"] == [3, 4, 5]
+    assert not list(out.glob(f"**/{UNFINISHED}"))

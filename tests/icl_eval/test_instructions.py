@@ -266,6 +266,13 @@ def test_gates_at_zero_sees_no_medium_and_leaves_the_model_as_it_was(untuned, it
     assert np.abs(np.subtract(opened[0].scores, opened[1].scores)).max() > 1e-3
 
 
+def test_a_broken_model_has_no_score(untuned, items, monkeypatch):
+    """NaN that counts as the first candidate."""
+    monkeypatch.setattr("icl_eval.engine.Engine.rank", lambda *_, **__: [[np.array([np.nan, 0.0])]] * len(items))
+    with pytest.raises(FlamingoError, match=rf"instructions: {items[0].id} after 1 examples: log-likelihoods"):
+        evaluate_instructions(*untuned, items, shots=(1,), controls=(), generate=False)
+
+
 def test_a_random_query_says_nothing_about_the_answer(items):
     """A control that never shows an item its own media: of two answers, the wrong one would be told."""
     alike = [Item(str(number), "same", (), items[0].query, ("yes", "no")) for number in range(10)]
@@ -333,7 +340,7 @@ def test_results_are_kept_whole(runs, tmp_path):
     "options, message",
     [
         ({"shots": (0, 3)}, r"shots: \[0, 3\], expected 0 to 2, the examples of LA_NAMING_0_q"),
-        ({"shots": (0,), "control_shots": (4,)}, r"shots: \[0\], expected 0 to 2"),
+        ({"shots": (0,), "control_shots": (4,)}, r"control_shots: \[4\], expected 0 to 2"),
         ({"controls": ("labels_permuted",)}, "controls: 'labels_permuted', expected some of gates_at_zero"),
         ({"items": []}, "0 items"),
     ],
