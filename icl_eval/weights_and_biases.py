@@ -57,18 +57,19 @@ def record(
 
     Returns:
         W&B's id of the run; None where there is none.
-
-    Raises:
-        FlamingoError: a data set is no longer there.
     """
     chosen = resolved(mode)
     if chosen == "disabled":
         return None
-    rows = answered(results, answers)
     try:
+        rows = answered(results, answers)
         run = _start(Path(folder), chosen, project=project, name=name, config=_config(results))
         with staged_in(Path(folder) / "wandb"):
-            _log(run, results, rows)
+            try:
+                _log(run, results, rows)
+            except Exception:
+                run.finish(exit_code=1)
+                raise
             run.finish()
     except Exception as error:  # noqa: BLE001 - W&B raises whatever it likes, and the results are on disk already
         logger.warning("W&B did not take the evaluation: %s: %s", type(error).__name__, error)
@@ -121,12 +122,14 @@ def _config(results: Results) -> dict[str, Any]:
 
 
 def _start(folder: Path, mode: Literal["offline", "online"], **arguments: Any) -> Any:
-    """Begin a W&B run; one that cannot go online is begun offline."""
+    """Begin a W&B run beside any that the caller has; one that cannot go online is begun offline."""
     import wandb
 
     settings = wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, console="off", silent=True)
     try:
-        return wandb.init(dir=folder, mode=mode, job_type="evaluation", settings=settings, **arguments)
+        return wandb.init(
+            dir=folder, mode=mode, job_type="evaluation", settings=settings, reinit="create_new", **arguments
+        )
     except Exception as error:
         if mode == "offline":
             raise

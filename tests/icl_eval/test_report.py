@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
 from icl_eval import write_report
@@ -354,3 +355,24 @@ def test_an_evaluation_is_kept_offline(results, tmp_path, monkeypatch):
 
     monkeypatch.setattr("wandb.init", broken)
     assert record(results, tmp_path, mode="online", answers=1) is None
+
+
+def test_an_evaluation_keeps_to_a_run_of_its_own(results, tmp_path, monkeypatch, caplog):
+    """Scores that go into the training's run, or close it; or into one that failed before (with --seeds)."""
+
+    def broken(*_):
+        raise RuntimeError("no picture")
+
+    training = wandb.init(dir=tmp_path, mode="offline", settings=wandb.Settings(console="off", silent=True))
+    with monkeypatch.context() as patched:
+        patched.setattr("icl_eval.weights_and_biases.answer_row", broken)
+        assert record(results, tmp_path, mode="offline", answers=1) is None
+    assert record(replace(results, data=tmp_path / "gone"), tmp_path, mode="offline") is None
+    said = [each.getMessage() for each in caplog.records if each.name.startswith("icl_eval")]
+    assert [each.partition(":")[0] for each in said] == ["W&B did not take the evaluation"] * 2
+    run = record(results, tmp_path, mode="offline", answers=1)
+    assert wandb.run is training and training.id != run
+    training.log({"loss": 1.0})
+    training.finish()
+    files = {path.stem.removeprefix("run-") for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}
+    assert len(files) == 3 and {run, training.id} < files
