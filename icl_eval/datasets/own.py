@@ -40,6 +40,8 @@ class Own(LocalDataSet):
         for number, entry in enumerate(json_lines(self.folder / f"{split}.jsonl"), 1):
             answers = _answers(entry)
             candidates = entry.texts("candidates") if "candidates" in entry.values else ()
+            if len(set(candidates)) < len(candidates):
+                raise entry.error("candidates", "candidates that differ")
             label = entry.name("label") if "label" in entry.values else None
             if candidates and label is None and answers:
                 label = answers[0]

@@ -41,6 +41,10 @@ def test_every_form_of_a_line(tmp_path: Path) -> None:
         ({"answer": "c", "candidates": ["a", "b"]}, "answer: 'c', expected one of its candidates"),
         ({"candidates": ["a", "b"]}, "answers: no such key, expected one of its candidates"),
         ({"label": "c", "candidates": ["a", "b"]}, "label: 'c', expected one of its candidates"),
+        (
+            {"answer": "a", "candidates": ["a", "b", "a"]},
+            r"candidates: \['a', 'b', 'a'\], expected candidates that differ",
+        ),
         ({"image": 3.5, "answer": "a"}, "image: 3.5, expected a text or a list of texts"),
         ({"answer": "a", "scene": {"b": 1}}, "scene: {'b': 1}, expected a text"),
     ],
