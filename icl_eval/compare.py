@@ -333,7 +333,11 @@ def _row(key: Key, run: str, one: Answers, two: Answers, resamples: int, seed: i
     drawn = resampled(difference, one.queries, groups=groups, resamples=resamples, seed=seed)
     every = np.ones((1, one.queries))
     columns = zip(first.names, first.figures(every)[0], other.figures(every)[0], percentiles(drawn), strict=True)
-    figures = {name: _change(before, after, (float(low), float(high))) for name, before, after, (low, high) in columns}
+    several = one.queries > 1 if groups is None else len(set(groups)) > 1  # of one, all draws are the same
+    figures = {
+        name: _change(before, after, (float(low), float(high)) if several else None)
+        for name, before, after, (low, high) in columns
+    }
     shared = [name for name in first.whole if name in other.whole]
     figures |= {name: _change(first.whole[name], other.whole[name], None) for name in shared}
     alone = right_alone(first, other) if groups is None or len(set(groups)) == len(groups) else None

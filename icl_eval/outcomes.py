@@ -72,6 +72,15 @@ def decide(scores: np.ndarray) -> tuple[int, bool]:
     return int(best.argmax()), bool(best.sum() > 1)
 
 
+def the_best(scores: np.ndarray) -> list[int]:
+    """The `BEST` best candidates, each decided among those left, so that noise orders none that are tied."""
+    left, found = list(range(len(scores))), []
+    while left and len(found) < BEST:
+        place, _ = decide(scores[left])
+        found.append(left.pop(place))
+    return found
+
+
 def top_k(task: Task, candidates: Sequence[str]) -> int | None:
     """How many of the best candidates are needed; None: all scores."""
     if len(candidates) <= MANY or task.ensemble > 1 or METRICS[task.metric].takes not in ("index", "ranking"):
@@ -91,15 +100,15 @@ def ranked(
         decimals: that are kept of each score.
     """
     chosen, tied = decide(scores)
-    order = [chosen, *(place for place in np.argsort(-scores, kind="stable").tolist() if place != chosen)]
+    best = the_best(scores)
     takes = METRICS[questions.task.metric].takes
     prediction: Any = {
         "index": lambda: chosen,
-        "ranking": lambda: order[:BEST],
+        "ranking": lambda: best,
         "score": lambda: round(_log_odds(scores), decimals),
         "text": lambda: episode.candidates[chosen],
     }[takes]()
-    kept = range(len(scores)) if len(scores) <= MANY else order[:BEST]
+    kept = range(len(scores)) if len(scores) <= MANY else best
     return _outcome(
         questions,
         episode,

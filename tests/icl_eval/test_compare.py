@@ -107,6 +107,7 @@ def test_few_queries_are_no_evidence(tmp_path, metric):
     worse, better = (["c"], ["b"]) if metric == "vqa_accuracy" else ([0.2, 0.1], [0.1, 0.2])
     (row,) = compare(runs(tmp_path, *(lines_of(each, targets) for each in (worse, better)), metric=metric)).rows
     assert row.headline[1].difference > 0 and row.test == RANDOMISATION
+    assert (row.headline[1].interval is None) == (metric == "vqa_accuracy"), "of one question there is none"
     assert row.p > 0.4
 
 

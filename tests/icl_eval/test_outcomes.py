@@ -11,7 +11,7 @@ from flamingo import FlamingoError
 from icl_eval.datasets import Example
 from icl_eval.datasets.vqa import RAW_ANSWERS
 from icl_eval.evaluation import evaluate_answerer
-from icl_eval.outcomes import BEST, decide
+from icl_eval.outcomes import BEST, decide, the_best
 from icl_eval.saved import Predictions, read_results
 from icl_eval.tasks import Generation, Task
 from tests.icl_eval.made import Made, Stub
@@ -119,6 +119,10 @@ def test_ties_are_told_and_go_to_the_first():
     assert decide(np.array([-1.0, 0.0, -5e-5])) == (1, True)
     assert decide(np.array([-5e-5, -3.0, 0.0])) == (0, True)
     assert decide(np.array([-2e-4, -np.inf, 0.0])) == (2, False)
+    noise = np.array([0, 1, -1, 1, -1, 1, -1]) * 2e-5
+    for scores in (noise, -noise):
+        assert the_best(np.array([-9.0, -3, -3, -3, -1, -3, -3]) + scores) == [4, 1, 2, 3, 5]
+    assert the_best(np.array([-np.inf, -1.0, -np.inf])) == [1, 0, 2]
 
 
 def test_a_split_without_right_answers_is_refused_where_they_are_needed(monkeypatch):
