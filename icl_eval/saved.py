@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,7 +145,12 @@ class Predictions:
                 raise FlamingoError(f"{self.path}: line {number}: expected JSON ({error})") from None
             if fault := violation(content, form):
                 raise FlamingoError(f"{self.path}: line {number}: {fault}")
-            self._starts[content["task"], content["shots"], content["control"]].append(start)
+            key = content["task"], content["shots"], content["control"]
+            if key not in results.cells:
+                raise FlamingoError(
+                    f"{self.path}: line {number}: {named(key)}, which {RESULTS} beside it does not have"
+                )
+            self._starts[key].append(start)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         try:
@@ -235,6 +241,8 @@ def _object_violation(value: Mapping[str, Any], form: Mapping[str, Any], at: str
 
 
 def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False  # Python reads NaN, JSON does not know it
     return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 

@@ -50,6 +50,7 @@ def test_what_was_written_is_read(tmp_path):
         (["cells", 0, "figures"], {}, "cells[0].figures: {}, expected at least 1 keys"),
         (["cells", 0, "figures", "accuracy", "value"], None, "cells[0].figures.accuracy.value: null, expected number"),
         (["cells", 0, "figures", "accuracy", "interval"], [1], "figures.accuracy.interval: [1], expected 2 entries"),
+        (["cells", 0, "figures", "accuracy", "value"], float("nan"), "accuracy.value: NaN, expected number"),
         (["cells", 0, "task"], "dogs", "cells[0].task: 'dogs', expected one of its tasks: cats"),
         (["tasks", "cats", "metric"], "cider", "cells[0].metric: 'accuracy', but its task has 'cider'"),
         (["facts", "versions"], KeyError, "facts: missing key 'versions'"),
@@ -102,6 +103,10 @@ def test_predictions_come_by_cell_and_query(tmp_path):
         (lambda lines: lines[:-1], "cats at 1 shots: 2 lines, expected 3 as in results.json"),
         (lambda lines: [*lines[:2], lines[1]], "query cats/000001 for the second time"),
         (lambda lines: [*lines[:2], lines[2][:30]], "line 3: expected JSON"),
+        (
+            lambda lines: [*lines, lines[0].replace('"shots": 1', '"shots": 2')],
+            "line 4: cats at 2 shots, which results",
+        ),
         (lambda lines: [lines[0].replace('"prompt"', '"prmpt"'), *lines[1:]], "line 1: missing key 'prompt'"),
     ],
 )
