@@ -8,7 +8,8 @@ A prompt takes one of two forms:
 - "plain", for base models (Idefics): texts and images in their order; `end` closes every answer, as `<|endofchunk|>`
   does in ours.
 - "chat", for models with a chat template (Qwen-VL, SmolVLM, LLaVA, …): the demonstrations, `end` after each, and the
-  query are one turn of the user; the answer is the assistant's. It is closed by what the template puts after it.
+  query are one turn of the user; the answer is the assistant's. It is closed by what the template puts after it. Where
+  a template would put all images first (LLaVA's), they are marked in the text, and stay beside their texts.
 
 The score of a candidate is the log-likelihood of all tokens after the prompt: the answer's, and what closes it.
 """
@@ -66,8 +67,11 @@ class ImageTextToText:
         self.model, self.processor, self.end = model.eval(), processor, end
         self.form: Form = form or ("chat" if has_template else "plain")
         self.reads_rows = isinstance(processor, IdeficsProcessor)  # of texts and images, instead of marks in a text
-        if self.form == "plain" and not self.reads_rows and not hasattr(processor, "image_token"):
-            raise FlamingoError(f"form: plain, but {type(processor).__name__} names no image_token to mark images with")
+        self.marks_images = not self.reads_rows if self.form == "plain" else not self._keeps_order()
+        if self.marks_images and not hasattr(processor, "image_token"):
+            raise FlamingoError(
+                f"form: {self.form}, but {type(processor).__name__} names no image_token to mark images with"
+            )
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, form: Form | None = None, end: str = "\n", **options: Any) -> Any:
@@ -180,23 +184,32 @@ class ImageTextToText:
         images = [part for part in parts if not isinstance(part, str)]
         if self.reads_rows:
             return self.processor(text=[list(parts)], add_end_of_utterance_token=False, return_tensors="pt")
-        text = "".join(part if isinstance(part, str) else self.processor.image_token for part in parts)
-        return self.processor(text=[text], images=images or None, return_tensors="pt")
+        return self.processor(text=[self._marked(parts)], images=images or None, return_tensors="pt")
+
+    def _marked(self, parts: Sequence[Part]) -> str:
+        return "".join(part if isinstance(part, str) else self.processor.image_token for part in parts)
 
     def _chat(self, asked: _Asked, answer: str | None) -> Any:
         images = [part for part in asked.parts if not isinstance(part, str)]
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in asked.parts
-        ]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answer is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
-        # Templates go on to the next turn, which is no part of the answer.
-        text = text if answer is None else text.rstrip("\n")
+        text = self._turns((self._marked(asked.parts),) if self.marks_images else asked.parts, answer)
         bos = self.processor.tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
         return self.processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt")
+
+    def _turns(self, parts: Sequence[Part | None], answer: str | None) -> str:
+        """The user's turn and the assistant's, or its beginning, as the template has them."""
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        text: str = self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+        # Templates go on to the next turn, which is no part of the answer.
+        return text if answer is None else text.rstrip("\n")
+
+    def _keeps_order(self) -> bool:
+        """Whether the template leaves images where they stand among texts."""
+        _, _, rest = self._turns((None, "first", None, "second"), None).partition("first")
+        return bool(rest.partition("second")[0].strip())
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:

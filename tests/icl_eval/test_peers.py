@@ -255,6 +255,33 @@ def test_scores_of_a_chat_model_are_those_of_a_forward_by_hand(llava):
     assert np.abs(llava.rank(Drawer(), [other])[0][0] - expected).max() > 1e-3
 
 
+IMAGES_FIRST = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""As that of llava-1.5"""
+
+
+def test_a_chat_template_does_not_move_images(llava, monkeypatch):
+    """LLaVA's templates put all images before all texts: demonstrations that say nothing about any of them."""
+    monkeypatch.setattr(llava.processor, "chat_template", IMAGES_FIRST)
+    peer = ImageTextToText(llava.model, llava.processor)
+    made = Ladder((Chunk((3, "la so")),), (Query(1, Chunk((5, "a:")), ANSWERS),), "x")
+    expected = []
+    for answer in ANSWERS:
+        text = f"USER: {'<image>' * 4}la so\n{'<image>' * 4}a: ASSISTANT: {answer} "
+        ids = llava.processor.tokenizer(text).input_ids
+        with torch.inference_mode():
+            logits = llava.model(input_ids=torch.tensor([ids]), pixel_values=pixels(3, 5)).logits[0]
+        expected.append(by_hand(logits, ids, len(answer) + 2))
+    np.testing.assert_allclose(peer.rank(Drawer(), [made])[0][0], expected, atol=1e-5, rtol=0)
+    monkeypatch.delattr(llava.processor, "image_token")
+    with pytest.raises(FlamingoError, match="form: chat, but LlavaProcessor names no image_token"):
+        ImageTextToText(llava.model, llava.processor)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["idefics", "llava"])
 def test_models_of_transformers_say_what_they_say_by_hand(name, beams, request):
@@ -320,10 +347,12 @@ def test_the_form_of_a_chat_model_can_be_plain(llava):
     np.testing.assert_allclose(peer.rank(Drawer(), [made])[0][0], expected, atol=1e-5, rtol=0)
 
 
-def test_the_command_line_takes_models_of_transformers(idefics, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["idefics", "llava"])
+def test_the_command_line_takes_models_of_transformers(name, request, tmp_path, monkeypatch, capsys):
     """Catches a command that takes Flamingos alone, and a folder that nothing can load ending in a traceback."""
+    peer = request.getfixturevalue(name)
     command = ["flamingo-eval", "--task", "digits_2way", "--shots", "0,1", "--queries", "3", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [*command, "--model", idefics.model.name_or_path, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", [*command, "--model", peer.model.name_or_path, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="0"):
         run.main()
     assert set(read_results(tmp_path / "out").cells) == {("digits_2way", shots, None) for shots in (0, 1)}
