@@ -16,7 +16,7 @@ from markupsafe import Markup
 from data_shards.page import template
 from flamingo.files import write_text
 from icl_eval import comparison
-from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
+from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, number, smooth
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
 from icl_eval.evaluation import Cell, Results
 from icl_eval.examples import SHOWN, examples, thumbnail
@@ -163,16 +163,16 @@ def _tiles(results: Results) -> list[dict[str, Any]]:
     for name, task in results.tasks.items():
         cells = _plain(results, name)
         cell = next((cell for cell in cells if cell.shots == CONTROL_SHOTS), cells[-1])
-        factor, unit, form = (100, " %", "{:.1f}") if _is_share(task) else (1, "", "{:.3f}")
+        factor, unit, form = (100, " %", "{:.1f}".format) if _is_share(task) else (1, "", number)
         interval = cell.score.interval
-        ends = "" if interval is None else " – ".join(form.format(factor * end) for end in interval) + unit
+        ends = "" if interval is None else " – ".join(form(factor * end) for end in interval) + unit
         chance = "" if task.chance is None else f"chance {factor * task.chance:.3g}{unit}"
         shots = f"{cell.shots} per class" if task.ways else _shots_in_words(cell.shots)
         shots = shots if cell.shots else "no demonstrations"
         tiles.append(
             {
                 "task": name,
-                "score": form.format(factor * cell.value),
+                "score": form(factor * cell.value),
                 "unit": unit,
                 "about": [
                     f"{task.ways} ways, {shots}" if task.ways else f"{next(iter(cell.score.figures))}, {shots}",

@@ -253,8 +253,20 @@ def test_a_phone_shows_the_whole_page(results, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("NO BROWSER: install chromium to check how the report looks on a phone")
-    page = write_report(tmp_path / "report.html", results=results).read_text()
+    task = replace(CHOICES, name="a_task_with_a_name_as_long_as_operator_induction_interleaved")
+    plain = replace(results.cell("which", 2), task=task.name)
+    names = tuple(f"{colour}, which is {'the ' * 20}{'very' * 20} one" for colour in COLOURS)
+    asked = [replace(each, candidates=names, query_id=f"{'folder/' * 12}{each.query_id}") for each in plain.outcomes]
+    cells = [*results.cells, replace(plain, outcomes=asked), replace(plain, shots=1, control="gates_at_zero")]
+    long = replace(results, tasks={**results.tasks, task.name: task}, cells=cells)
+    page = write_report(tmp_path / "report.html", results=long, training_log=[{"step": 1, "loss": 2.0}]).read_text()
     measure = "const {scrollWidth, clientWidth} = document.documentElement;"
+    measure += "const outside = [...document.querySelectorAll('main *:not(.scroll *)')].filter((each) => {"
+    measure += "const card = each.closest('.card'); return card && each.scrollWidth && each !== card &&"
+    measure += "each.getBoundingClientRect().right > card.getBoundingClientRect().right + 1});"
+    measure += (
+        "parent.postMessage(outside.map((each) => `beyond its card: ${each.outerHTML.slice(0, 80)}`).join(), '*');"
+    )
     measure += "parent.postMessage(`${scrollWidth} of ${clientWidth} pixels wide`, '*')"
     (tmp_path / "report.html").write_text(f"{page}<script>{measure}</script>")
     (tmp_path / "phone.html").write_text(
@@ -266,6 +278,7 @@ def test_a_phone_shows_the_whole_page(results, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     ((needed, there),) = re.findall(r"(\d+) of (\d+) pixels wide", done.stdout)
     assert needed == there and 300 < int(there) <= 390
+    assert "beyond its card" not in done.stdout, done.stdout[-1000:]
 
 
 def test_captions_are_marked_by_their_value(page):
