@@ -137,7 +137,7 @@ def _prepare_ok_vqa(predictions: Sequence[str], targets: Sequence[Any], _: Seque
     per_item = np.array([ok_vqa_accuracy(prediction, answers) for prediction, answers in rows])
     details = {
         "rules": "official normalisation, leave one out; where unanimous: normalised",
-        "stems": "annotators' own where they gave the answer, else flamingo-icl stems 1",
+        "stems": "annotators' own where they gave the answer, else flamingo-icl stems 2",
     }
     return Prepared(("ok_vqa_accuracy",), weighted_mean(per_item), per_item, details=details)
 
