@@ -31,13 +31,13 @@ from icl_eval.ledger import FolderLedger, Lines, MemoryLedger, rank_and_ranks, w
 from icl_eval.metrics import METRICS
 from icl_eval.outcomes import DECIMALS, DECIMALS_OF_FLOAT64, Outcome, decide, generated, ranked, top_k
 from icl_eval.questions import Asked, CellKey, Questions, cell_keys
-from icl_eval.results import PREDICTIONS, RESULTS, Cell, Results, identity_of, outcome_of, summary
+from icl_eval.results import Cell, Results, identity_of, outcome_of, summary
+from icl_eval.saved import PREDICTIONS
 from icl_eval.sources import Pool, load_pool
 from icl_eval.tasks import CHOICES, HELD_OUT, Task, load_task
 from icl_eval.verdicts import diagnoses
 
 __all__ = [
-    "RESULTS",
     "TIE",
     "Cell",
     "Outcome",

@@ -26,7 +26,8 @@ from flamingo.errors import FlamingoError
 from flamingo.files import read_object, whole, write_text
 from icl_eval.outcomes import Outcome
 from icl_eval.questions import CellKey
-from icl_eval.results import RESULTS, identity_of
+from icl_eval.results import identity_of
+from icl_eval.saved import RESULTS
 
 UNFINISHED = "unfinished"
 T = TypeVar("T")

@@ -30,7 +30,8 @@ from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
 from icl_eval.evaluation import evaluate, evaluate_answerer, prepared
 from icl_eval.ledger import discard, rank_and_ranks
 from icl_eval.report import write_report
-from icl_eval.results import RESULTS, Cell, Results
+from icl_eval.results import Cell, Results
+from icl_eval.saved import RESULTS
 from icl_eval.seeds import folder_of, write_seeds
 from icl_eval.seeds import table as across_seeds
 from icl_eval.show import write_prompts
