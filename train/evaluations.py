@@ -10,31 +10,32 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image as PilImage
 from torch import nn
 
-from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo import FlamingoProcessor
 from flamingo.document import Document
-from flamingo.processing import END_OF_CHUNK
 from icl_eval.demonstrations import Episode
-from icl_eval.evaluation import evaluate, evaluating
+from icl_eval.engine import Engine
+from icl_eval.evaluation import evaluate, evaluating, prepared
 from icl_eval.examples import in_a_row
 from icl_eval.features import Features
 from icl_eval.prompts import prompt_document
 from icl_eval.questions import Questions, cell_keys
 from icl_eval.sources import load_pool
-from icl_eval.tasks import HELD_OUT, Task, load_task
+from icl_eval.tasks import Generation as Decoding
+from icl_eval.tasks import Task
 from train.checkpoint import TrainingState
 from train.parallel import Processes, gathered
 from train.recipe import Run
 from train.tracking import Generation, Tracker
 
 SPARE_TOKENS = 4
-"""How much longer than the longest label an answer may become."""
+"""How much longer than the longest label an answer may become, where the task does not say."""
 
 
 @dataclass
@@ -62,10 +63,8 @@ class Evaluations:
 
     def _prepared(self, name: str) -> Task:
         """A task with the recipe's split, shots and number of queries."""
-        settings, task = self.recipe.evaluation, load_task(name)
-        split = settings.split if settings.split and task.split in HELD_OUT else task.split
-        shots = tuple(sorted(set(settings.shots))) if any(task.shots) else task.shots
-        return replace(task, split=split, shots=shots, queries=settings.queries)
+        settings = self.recipe.evaluation
+        return prepared(name, shots=settings.shots, queries=settings.queries, split=settings.split or None)
 
     def run(self, step: int) -> None:
         """Evaluate the model as it is after `step`; all processes call this.
@@ -97,9 +96,15 @@ class Evaluations:
     def _answered(self, task: Task, count: int) -> list[Generation]:
         """The task's first queries, each after as few demonstrations as there may be."""
         questions, shots = self.questions[task.name], min((shots for shots in task.shots if shots), default=0)
-        asked = [_Asked(questions, questions.draws.episode(number), shots) for number in range(count)]
-        longest = {text for each in asked for text in (*each.candidates, *each.right)}
-        answers = generate(self.state.model, self.processor, [each.document for each in asked], longest=longest)
+        numbers = range(min(count, questions.draws.count))
+        asked = [_Asked(questions, questions.draws.episode(number), shots) for number in numbers]
+        texts = {text for each in asked for text in (*each.candidates, *each.right)}
+        longest = max((len(self.processor.tokenizer(text).input_ids) for text in texts), default=0)
+        how = task.generate or Decoding(longest + SPARE_TOKENS)
+        engine = Engine(self.state.model, self.processor, batch_size=self.recipe.evaluation.batch)
+        answers = engine.generate(
+            questions.pool, [each.ladder for each in asked], max_new_tokens=how.max_new_tokens, beams=how.beams
+        )
         return [
             Generation(
                 task=task.name,
@@ -112,7 +117,7 @@ class Evaluations:
                 generated=answer,
                 right=answer in each.right,
             )
-            for each, answer in zip(asked, answers, strict=True)
+            for each, (answer,) in zip(asked, answers, strict=True)
         ]
 
 
@@ -121,6 +126,7 @@ class _Asked:
 
     def __init__(self, questions: Questions, episode: Episode, shots: int):
         self.episode = episode
+        self.ladder = questions.asked(episode, [(shots, None)])[0].ladder
         prompt = questions.prompts(episode, (shots, None))[0]
         *shown, query = questions.chunks(prompt)
         pool, answer = questions.pool, questions.template.answer
@@ -130,28 +136,6 @@ class _Asked:
         self.candidates = tuple(answer(text).strip() for text in prompt.candidates)
         known = prompt.query.answers if episode.target is None else (prompt.candidates[episode.target],)
         self.right = tuple(answer(text).strip() for text in known)
-
-
-def generate(
-    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, documents: list[Document], longest: set[str]
-) -> list[str]:
-    """What the model most likely says after each document, up to `<|endofchunk|>`, without spaces around it.
-
-    Args:
-        longest: texts, of which the longest says how long an answer may become.
-    """
-    batch = processor(documents=documents, padding_side="left").to(model.device)
-    tokens = max(len(processor.tokenizer(text, add_special_tokens=False).input_ids) for text in longest)
-    ids = model.generate(
-        **{name: value for name, value in batch.items() if name != "labels"},
-        max_new_tokens=tokens + SPARE_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        synced_gpus=False,  # this process alone
-    )
-    new = ids[:, batch["input_ids"].shape[1] :]
-    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.partition(END_OF_CHUNK)[0].strip() for text in texts]
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from icl_eval.examples import in_a_row, small
 from icl_eval.prompts import prompt_document
 from icl_eval.questions import Questions
 from icl_eval.run import load
-from icl_eval.sources import load_pool
+from icl_eval.sources import ROOT, load_pool
 from icl_eval.tasks import load_task
-from tests.tiny import picture, tiny_flamingo
+from tests.icl_eval.made import write_own, write_task
+from tests.tiny import picture
 from tests.train.runs import forked, recipe_of
-from train.evaluations import Evaluations, generate, undisturbed
+from train.evaluations import SPARE_TOKENS, Evaluations, undisturbed
 from train.parallel import Processes
 from train.pretrain import pretrain
 from train.recipe import EvaluationRecipe, ParallelRecipe
@@ -100,29 +101,38 @@ def test_generations_are_written_with_their_pictures(evaluated: Path) -> None:
     assert len(list((evaluated / "generations").iterdir())) == 4
 
 
-def test_answers_are_the_most_likely_text_up_to_its_end(tmp_path: Path) -> None:
+@torch.no_grad()
+def test_answers_are_the_most_likely_text_up_to_its_end(folder: Path, evaluated: Path) -> None:
     """Padding, the prompt or the mark of the end taken for a part of the answer; answers of a batch mixed up."""
-    model, processor = tiny_flamingo(tmp_path)
-    task = load_task("digits_2way")
-    questions = Questions(task, load_pool(task), [(3, None)])
-    documents = [
-        prompt_document(questions.pool, questions.chunks(questions.draws.episode(number).prompt(shots)))
-        for number, shots in enumerate((0, 1, 3))
-    ]
-    together = generate(model, processor, documents, longest={"abcdef"})
-    assert together == [generate(model, processor, [each], longest={"abcdef"})[0] for each in documents]
-    for document, text in zip(documents, together, strict=True):
-        ids = processor(documents=document)["input_ids"]
-        for _ in range(10):
-            batch = processor(documents=document)
+    model, processor = load(str(evaluated / "model"), "cpu")
+    task = replace(load_task("digits_2way"), split="validation")
+    questions = Questions(task, load_pool(task), [(2, None)])
+    rows = read_rows(evaluated / GENERATIONS_FILE)[2:]
+    assert [row["step"] for row in rows] == [STEPS] * 2, "the last step's, which is the saved model's"
+    for number, row in enumerate(rows):
+        prompt = questions.draws.episode(number).prompt(2)
+        batch = processor(documents=prompt_document(questions.pool, questions.chunks(prompt)))
+        ids = batch["input_ids"]
+        longest = max(len(processor.tokenizer(text).input_ids) for text in prompt.candidates)
+        for _ in range(longest + SPARE_TOKENS):
             logits = model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": None}).logits
             logits[:, -1, model.config.image_token_id] = -torch.inf
             token = logits[:, -1].argmax(-1, keepdim=True)
-            if int(token) in model.generation_config.eos_token_id:
+            if int(token) == model.config.end_of_chunk_token_id:
                 break
             ids = torch.cat((ids, token), dim=1)
         new = ids[0, batch["input_ids"].shape[1] :]
-        assert text == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert row["generated"] == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_split_with_fewer_queries_than_are_shown(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A run that ends at its first evaluation, since a small data set has no fifth query."""
+    monkeypatch.setenv(ROOT, str(write_own(tmp_path, train=6, test=2)))
+    free = {"mode": "generate", "generate": {"max_new_tokens": 3}, "metric": "exact_match"}
+    tasks = [str(write_task(tmp_path, name, **keys)) for name, keys in (("ranked", {}), ("free", free))]
+    evaluation = EvaluationRecipe(**{**vars(EVALUATION), "tasks": tasks, "every": STEPS, "generations": 5, "split": ""})
+    out = run(folder, tmp_path / "out", Processes(), evaluation)
+    assert [row["task"] for row in read_rows(out / GENERATIONS_FILE)] == ["ranked", "ranked", "free", "free"]
 
 
 class Restless(nn.Module):
