@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-NAME = "flamingo-icl ptb 1"
+NAME = "flamingo-icl ptb 2"
 """Names the tokenizer and its version in results; the number rises whenever an output changes."""
 
 DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"', *"‘’‛“”„«»"])
@@ -36,8 +36,9 @@ def _any(words: str) -> str:
     return "(?:" + "|".join(words.replace("'", "['’]").split()) + ")"
 
 
-_LETTER = r"[^\W\d_]"
-_WORD = r"[^\W_²³¹]+"
+_ACCENT = r"[\u0300-\u036f]"  # of letters that are written in two characters
+_LETTER = rf"(?:[^\W\d_]|{_ACCENT})"
+_WORD = rf"(?:[^\W_²³¹]|{_ACCENT})+"
 _ASCII = "[A-Za-z0-9]+"
 _CLITIC = rf"['’](?:[smd]|ll|re|ve)(?!{_LETTER})"
 _NOT = rf"n['’]t(?!{_LETTER})"
@@ -78,7 +79,8 @@ _TOKEN = re.compile(
 
 _WRITTEN_OUT = str.maketrans(
     {"…": " ... ", "–": " -- ", "—": " -- ", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
-    | {"€": "$", "£": "#", "¢": " cents ", "\ufe0f": None}
+    | {"€": "$", "£": "# ", "¢": " cents ", "\xad": None}
+    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\ufe0f‒―‹›", " ")  # it drops what it does not know
 )
 _STRAIGHTENED = re.compile(f"{_CLITIC}|{_NOT}", re.IGNORECASE)
 _BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
@@ -91,7 +93,7 @@ def tokenize(text: str) -> str:
     >>> tokenize("The dog isn't on Main St., it's (almost) twin-hulled!")
     "the dog is n't on main st. it 's -lrb- almost -rrb- twin-hulled"
     """
-    tokens = _TOKEN.findall(_BEYOND_THE_BASIC_PLANE.sub("", text).translate(_WRITTEN_OUT))
+    tokens = _TOKEN.findall(_BEYOND_THE_BASIC_PLANE.sub(" ", text).translate(_WRITTEN_OUT))
     return " ".join(_written(token) for token in tokens if token not in DROPPED)
 
 

@@ -33,6 +33,8 @@ GOLDEN = "coco_caption_golden"
         ("(a) [b] {c} :)", "-lrb- a -rrb- -lsb- b -rsb- -lcb- c -rcb- :-rrb-"),
         ("what?! no!!! why?", "what ?! no !!! why"),
         ("½ cup – £3 … AT&T a & b", "1/2 cup # 3 at&t a & b"),
+        ("a👍b x👨\u200d👩y ❤\ufe0f zero\u200bwidth so\xadft", "a b x y ❤ zero width soft"),
+        ("cafe\u0301 e\u0301te\u0301's £five", "cafe\u0301 e\u0301te\u0301 's # five"),
         ("  two\n lines\t here ", "two lines here"),
         ("", ""),
     ],
