@@ -22,6 +22,7 @@ from icl_eval.evaluation import Cell, Results
 from icl_eval.examples import SHOWN, examples, thumbnail
 from icl_eval.instructions import InstructionResults, Item
 from icl_eval.metrics import Figure
+from icl_eval.outcomes import BEST, MANY
 from icl_eval.tasks import Task
 
 MARGIN = 0.05  # how far from chance a control may fall
@@ -105,6 +106,8 @@ def write_report(
         facts=rows_of_facts,
         folded=folded,
         short=SHORT,
+        many=MANY,
+        best=BEST,
         shots_in_words=_shots_in_words,
         uri=_data_uri,
     )
