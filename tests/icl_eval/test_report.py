@@ -248,6 +248,24 @@ def test_small_things_are_worded_right(results, tmp_path):
     assert "100.0 – 100.0 % chance 25 %" in text
 
 
+def test_controls_that_are_not_at_chance_are_told(results, tmp_path):
+    """A leak that the page calls within the margin, or one made up of a variant that need not be at chance."""
+    task = replace(CHOICES, name="fast", ways=4, names="fresh", chance=0.125)
+    cells = [
+        cell(task, 4, lambda number: COLOURS[number]),
+        cell(task, 4, lambda number: COLOURS[number], control="order_1"),
+        cell(task, 4, lambda number: "red", control="gates_at_zero"),
+    ]
+    leak = cell(task, 4, lambda number: COLOURS[number // 2], control="images_swapped")
+    leak = replace(leak, score=METRICS["accuracy"].score([0, 1, 2, 0, 0, 0, 0, 0], list(range(8))))
+    about = {"tasks": {"fast": task}, "seed": {"fast": 0}}
+    _, text = pages(replace(results, cells=cells, **about), tmp_path)
+    assert "In fast binding what gates at zero change is independent" in text
+    assert "gates at zero on fast: 0.125, 0.000 away, within the margin of 0.05." in text
+    _, text = pages(replace(results, cells=[*cells, leak], **about), tmp_path)
+    assert "pictures swapped on fast: 0.375, 0.250 away, NOT within the margin of 0.05." in text
+
+
 def test_a_phone_shows_the_whole_page(results, tmp_path):
     """Cards that are cut off at the right of a narrow screen."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
