@@ -117,7 +117,7 @@ class Draws:
         similarity: for `demonstrations: rices`.
 
     Raises:
-        FlamingoError: also in use: more shots than the support has demonstrations for.
+        FlamingoError: a query that cannot be scored; also in use: more shots than the support has demonstrations for.
     """
 
     def __init__(self, task: Task, pool: Pool, seed: int, most: int, similarity: Similarity | None = None):
@@ -127,6 +127,9 @@ class Draws:
         if task.zero_shot == "text_only" and 0 in task.shots:
             self.needed = max(self.needed, TEXT_ONLY)
         self._chosen = self._choose()
+        for place in () if self._chosen is None or task.ways else self._chosen:  # now, not after hours
+            query = pool.queries[place]
+            self._target(query, self._candidates(query))
 
     @property
     def count(self) -> int:
@@ -150,7 +153,7 @@ class Draws:
         query = self.pool.queries[self._chosen[number]]
         if self.task.ways:
             return self._binding_within(query)
-        candidates = self.pool.choices(query) if self.task.mode == "rank" else ()
+        candidates = self._candidates(query)
         ranking = tuple(
             Demonstration(example, self._answer(example))
             for example in itertools.islice(self._allowed(query), self.needed)
@@ -191,14 +194,17 @@ class Draws:
             )
         return found
 
+    def _candidates(self, query: Example) -> tuple[str, ...]:
+        return self.pool.choices(query) if self.task.mode == "rank" else ()
+
     def _target(self, query: Example, candidates: Sequence[str]) -> int | None:
         for right in (query.label, *query.answers):
             if right is not None and right in candidates:
                 return candidates.index(right)
-        if METRICS[self.task.metric].takes != "text":
+        if METRICS[self.task.metric].takes != "text" or not (query.answers or query.label):
             raise FlamingoError(
-                f"{self.task.file}: split: {self.task.split!r}, but query {query.id!r} has no right answer among its "
-                f"candidates, which metric {self.task.metric} needs"
+                f"{self.task.file}: split: {self.task.split!r}, but query {query.id!r} has no right answer"
+                f"{' among its candidates' if candidates else ''}, which metric {self.task.metric} needs"
             )
         return None
 

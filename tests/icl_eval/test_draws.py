@@ -162,6 +162,17 @@ def test_an_answer_that_is_missing_is_named():
         Draws(BASE, pool, 0, 2).episode(0)
 
 
+@pytest.mark.parametrize("mode, metric", [("generate", "exact_match"), ("rank", "accuracy")])
+def test_a_query_that_cannot_be_scored_is_named_before_any_is_asked(mode, metric):
+    """An hour of answers that ends in "target 1 is []", or a part refused for a query that is not in it."""
+    queries = [example(100, label="a"), Example("e101", ())]
+    task = dataclasses.replace(BASE, mode=mode, metric=metric)
+    pool = Pool(task, Made([example(number) for number in range(4)], queries, ("a", "b")))
+    with pytest.raises(FlamingoError, match=f"f: split: 'test', but query 'e101' has no right answer.*{metric} needs"):
+        Draws(task, pool, 0, 1)
+    assert Draws(dataclasses.replace(task, queries=1), pool, 0, 1).episode(0).query_id == "e100"
+
+
 def binding(train, test, **keys):
     """A fast-binding task's draws over given examples, the query's names as they are."""
     task = dataclasses.replace(
