@@ -176,6 +176,7 @@ class Answerer(Protocol):
         *,
         max_new_tokens: int,
         beams: int = 1,
+        length_penalty: float = 1.0,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
         """What it answers to every ladder's every query; see `Engine.generate`."""
@@ -562,6 +563,7 @@ class Engine:
         *,
         max_new_tokens: int,
         beams: int = 1,
+        length_penalty: float = 1.0,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
         """What the model most likely answers to every ladder's every query, up to `<|endofchunk|>`.
@@ -571,6 +573,8 @@ class Engine:
             ladders: any order and mixture; candidate answers are not looked at.
             max_new_tokens: of an answer, at most.
             beams: 1: each token the most likely one; more: beam search, as transformers has it.
+            length_penalty: of beam search: a beam's log-likelihood is divided by its number of tokens to this power, so
+                that 0 prefers short answers, as OpenFlamingo's evaluation does.
             progress: called with the number of queries done since its last call.
 
         Raises:
@@ -579,6 +583,7 @@ class Engine:
         for name, value in (("max_new_tokens", max_new_tokens), ("beams", beams)):
             if value < 1:
                 raise FlamingoError(f"{name}: {value}, expected at least 1")
+        how = {"max_new_tokens": max_new_tokens, "num_beams": beams, "length_penalty": length_penalty}
         texts = [[""] * len(ladder.queries) for ladder in ladders]
         image = self.model.config.image_token_id
         for waiting in self._read_ladders(library, ladders, max_new_tokens):
@@ -590,7 +595,7 @@ class Engine:
             groups = [list(group) for _, group in groupby(ready, key=lambda each: each[1].prefix.cache is None)]
             for some in (part for group in groups for part in _split(group, self.batch_size)):
                 prefix = Prefix.join([(node.prefix, node.place[1]) for _, node in some])
-                found = self._generate(library, prefix, [each.whole for each, _ in some], max_new_tokens, beams)
+                found = self._generate(library, prefix, [each.whole for each, _ in some], **how)
                 for (each, _), text in zip(some, found, strict=True):
                     ladder, place = each.asked.place
                     texts[ladder][place] = text
@@ -770,9 +775,9 @@ class Engine:
             yield from _likelihoods(logits, found)
 
     def _generate(
-        self, library: Library, prefix: Prefix, whole: Sequence[Piece], max_new_tokens: int, beams: int
+        self, library: Library, prefix: Prefix, whole: Sequence[Piece], *, num_beams: int, **how: Any
     ) -> list[str]:
-        """Answers to prompts, of each of which all tokens but the last are read."""
+        """Answers to prompts, of each of which all tokens but the last are read; `how`: options of `generate`."""
         device, length = self.model.device, prefix.length + 1
         # What was read goes along, for all that looks at it: marks are counted, repeats may be forbidden.
         ids = [[self.filler] * (length - len(piece.ids)) + list(piece.ids) for piece in whole]
@@ -780,17 +785,17 @@ class Engine:
         if prefix.padding is not None:
             mask[:, :-1] = prefix.padding
         slots = [slot for piece in whole for slot in self.store.of(library, piece.media)]
-        for_beams = prefix.pick([row for row in range(len(whole)) for _ in range(beams)])
+        for_beams = prefix.pick([row for row in range(len(whole)) for _ in range(num_beams)])
         found = self.model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=mask,
             past_key_values=for_beams.cache,
             media_memory=self.store.memory.select(torch.tensor(slots, dtype=torch.long, device=device)),
             do_sample=False,
-            num_beams=beams,
-            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
             eos_token_id=self.filler,
             pad_token_id=self.filler,
+            **how,
         )
         return [answer_text(self.processor, row) for row in found[:, length:].tolist()]
 
@@ -830,14 +835,10 @@ class Engine:
         last = before[:, None] + (ids == self.model.config.image_token_id).long().cumsum(dim=1)
         if prefix.padding is not None:
             prefix.padding = torch.cat((prefix.padding, torch.ones_like(ids)), dim=1)
-        if mask is None:
-            mask = prefix.padding
-            if mask is not None and self.model.takes_positions:
-                positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         slots = torch.tensor([slot for each in available for slot in each], dtype=torch.long, device=device)
         output = self.model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=prefix.padding if mask is None else mask,
             position_ids=positions,
             past_key_values=prefix.cache,
             use_cache=True,

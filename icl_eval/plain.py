@@ -78,6 +78,7 @@ def generate(
     *,
     max_new_tokens: int,
     beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> list[str]:
     """As `Engine.generate` for one ladder."""
     texts = []
@@ -88,6 +89,7 @@ def generate(
             **_inputs(model, processor, encoding),
             do_sample=False,
             num_beams=beams,
+            length_penalty=length_penalty,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,
             pad_token_id=end,

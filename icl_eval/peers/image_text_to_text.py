@@ -115,6 +115,7 @@ class ImageTextToText:
         *,
         max_new_tokens: int,
         beams: int = 1,
+        length_penalty: float = 1.0,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
         """As `Engine.generate`: what the model says until it closes its answer.
@@ -129,6 +130,7 @@ class ImageTextToText:
                 **inputs,
                 do_sample=False,
                 num_beams=beams,
+                length_penalty=length_penalty,
                 max_new_tokens=max_new_tokens,
                 stop_strings=[self.end] if self.form == "plain" else None,
                 tokenizer=self.processor.tokenizer,

@@ -191,6 +191,7 @@ class OpenFlamingo:
         *,
         max_new_tokens: int,
         beams: int = 1,
+        length_penalty: float = 1.0,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
         """As `Engine.generate`.
@@ -207,6 +208,7 @@ class OpenFlamingo:
                 torch.ones_like(ids),
                 do_sample=False,
                 num_beams=beams,
+                length_penalty=length_penalty,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.model.eoc_token_id,
                 # An image that is generated is one that it must have.

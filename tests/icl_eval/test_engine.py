@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -320,6 +321,22 @@ def test_any_chunks_equal_the_plain_way(family, media_attention, precision, atol
         assert_close(found, expected, atol)
 
 
+def test_rows_of_one_length_may_have_padding(flamingo):
+    """Rows of two passes, equally long, of which one is filled up: its padding forgotten."""
+    made = [
+        Ladder(
+            (Chunk((number, first)), Chunk((number + 3, second))),
+            (Query(1, Chunk((9, "?")), ("bado",)), Query(2, Chunk((10, question)), ("bado", "pu"))),
+            first,
+        )
+        for number, (first, second, question) in enumerate(
+            [("h", "so", "a?"), ("hah", "so", "aa?"), ("ha", "soo", "a?")]
+        )
+    ]
+    expected = [plain.rank(*flamingo, Drawer(), ladder) for ladder in made]
+    assert_close(Engine(*flamingo, batch_size=3).rank(Drawer(), made), expected, 1e-5)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "mpt", "bloom", "opt"])
 def test_other_families_join_their_caches(family, tmp_path):
     """Windows of attention shorter than a prompt, learned positions, alibi: each counts padding in a way of its own."""
@@ -329,16 +346,16 @@ def test_other_families_join_their_caches(family, tmp_path):
     assert_close(Engine(model, processor, batch_size=8).rank(drawer, made), expected, 2e-5)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generations_equal_the_plain_way(flamingo, beams):
+@pytest.mark.parametrize("how", [{}, {"beams": 3}, {"beams": 3, "length_penalty": 0.0}])
+def test_generations_equal_the_plain_way(flamingo, how):
     """A beam that goes on from another row's cache, a prompt whose last token is read twice, text beyond the end."""
     model, processor = flamingo
     made, drawer = mixture(), Drawer()
-    expected = [plain.generate(model, processor, drawer, ladder, max_new_tokens=6, beams=beams) for ladder in made]
+    expected = [plain.generate(model, processor, drawer, ladder, max_new_tokens=6, **how) for ladder in made]
     assert len({text for row in expected for text in row}) >= 4
     for batch_size in (1, 3, 8):
         engine = Engine(model, processor, batch_size=batch_size)
-        assert engine.generate(drawer, made, max_new_tokens=6, beams=beams) == expected
+        assert engine.generate(drawer, made, max_new_tokens=6, **how) == expected
 
 
 def test_generation_goes_on_from_all_but_the_last_token(flamingo, monkeypatch):
@@ -380,18 +397,42 @@ def test_prompts_of_one_token_are_generated_from_by_themselves(pool, monkeypatch
     assert sorted(rows) == [1] * 4 + [1 + len("bado") + 1 + 1 + len("pu") + 1 + 1] * 2
 
 
-def test_generation_stops_at_the_end_of_the_chunk(tmp_path):
-    """Answers that run on into a next chunk."""
+@contextmanager
+def likely_ends(model):
+    """Answers end after none, one, two and more tokens."""
+    end = torch.tensor([model.config.end_of_chunk_token_id])
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda head, given, logits: logits.index_add(-1, end, torch.ones(*logits.shape[:-1], 1))
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_stops_at_the_end_of_the_chunk(beams, tmp_path):
+    """Answers that run on into a next chunk; beams that do not know where they end."""
     model, processor = lively_flamingo(tmp_path, "llama")
-    end = model.config.end_of_chunk_token_id
-    with torch.no_grad():
-        model.new_output_rows[model.row_of[end]] *= 3
-    engine = Engine(model, processor)
-    found = engine.generate(Drawer(), mixture(), max_new_tokens=12)
-    assert found == [plain.generate(model, processor, Drawer(), each, max_new_tokens=12) for each in mixture()]
+    end, how = model.config.end_of_chunk_token_id, {"max_new_tokens": 8, "beams": beams, "length_penalty": 2.0}
+    with likely_ends(model):
+        found = Engine(model, processor).generate(Drawer(), mixture(), **how)
+        assert found == [plain.generate(model, processor, Drawer(), each, **how) for each in mixture()]
     lengths = {len(text) for row in found for text in row}
-    assert min(lengths) < 12
+    assert min(lengths) < 2 and max(lengths) == 8
     assert answer_text(processor, [70, 71, end, 72]) == processor.decode([70, 71])
+
+
+def test_beams_may_prefer_short_answers(tmp_path):
+    """`length_penalty` taken and not heeded."""
+    model, processor = lively_flamingo(tmp_path, "llama")
+    lengths = []
+    with likely_ends(model):
+        for penalty in (0.0, 1.0, 3.0):
+            how = {"max_new_tokens": 8, "beams": 3, "length_penalty": penalty}
+            found = Engine(model, processor).generate(Drawer(), mixture(), **how)
+            lengths.append(sum(len(text) for row in found for text in row))
+    assert lengths[0] < lengths[1] < lengths[2]
 
 
 def test_what_ladders_have_in_common_is_read_once(flamingo, monkeypatch):
