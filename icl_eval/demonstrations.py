@@ -168,19 +168,6 @@ class Draws:
             nearest_last=self.task.demonstrations == "rices",
         )
 
-    def number(self, query_id: str) -> int:
-        """The number of a query by its id.
-
-        Raises:
-            KeyError: there is no such query.
-        """
-        if self._chosen is None:
-            return int(query_id.rpartition("/")[2])
-        for number, place in enumerate(self._chosen):
-            if self.pool.queries[place].id == query_id:
-                return number
-        raise KeyError(query_id)
-
     # -- examples with a question --------------------------------------------------------------------------------------
 
     def _answer(self, example: Example) -> str:
