@@ -123,10 +123,14 @@ def test_p_is_corrected_for_the_number_of_tests(tmp_path):
 
 def test_every_run_is_compared_with_the_first(tmp_path):
     """Neighbours compared with one another, and rows that mix up the runs."""
-    rows = compare(runs(tmp_path, *(lines_of([0] * n + [1] * (40 - n), TARGETS) for n in (10, 20, 40)))).rows
-    assert [(row.run, row.headline[1].first, row.headline[1].value) for row in rows] == [
-        ("b", 0.25, 0.5),
-        ("c", 0.25, 1.0),
+    answers = ([0] * n + [1] * (40 - n) for n in (10, 20, 40))
+    several = [[*lines_of(each, TARGETS), *lines_of(each, TARGETS, shots=0)] for each in answers]
+    rows = compare(runs(tmp_path, *several)).rows
+    assert [(row.run, row.shots, row.headline[1].first, row.headline[1].value) for row in rows] == [
+        ("b", 1, 0.25, 0.5),
+        ("b", 0, 0.25, 0.5),
+        ("c", 1, 0.25, 1.0),
+        ("c", 0, 0.25, 1.0),
     ]
 
 
@@ -162,6 +166,18 @@ def test_runs_that_were_asked_otherwise_are_refused(tmp_path, change, allowed, m
         assert row.queries == (39 if allowed == "shared_queries" else 40)
         with pytest.raises(FlamingoError, match=message):
             compare(found, **{**both, allowed: False})
+
+
+def test_what_cannot_be_tested_is_refused(tmp_path):
+    """Groups of some queries alone, of which the others would pass for one group; no draws at all."""
+    found = runs(tmp_path, *([lines_of([0, 1], [0, 0], group=["x", "x"])] * 2))
+    with pytest.raises(FlamingoError, match="resamples: 0, expected at least 1"):
+        compare(found, resamples=0)
+    file = tmp_path / "b" / "predictions.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(first + "\n" + second.replace('"group": "x"', '"group": null') + "\n")
+    with pytest.raises(FlamingoError, match="b: cats at 1 shots: some predictions have no group, expected all or none"):
+        compare(found)
 
 
 def test_candidates_in_another_order_are_the_same_query(tmp_path):

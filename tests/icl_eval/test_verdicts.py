@@ -12,7 +12,7 @@ from icl_eval.metrics import METRICS
 from icl_eval.outcomes import Outcome
 from icl_eval.results import Cell, Results
 from icl_eval.tasks import Task
-from icl_eval.verdicts import calibration, copying, diagnoses, effect, recency
+from icl_eval.verdicts import calibration, copying, diagnoses, effect, order_sensitivity, recency
 from tests.icl_eval.made import Made, Stub
 
 CLASSES = ("x", "y", "z")
@@ -217,3 +217,9 @@ def test_figures_of_single_answers():
     sure, half = (np.log(0.9), np.log(0.1)), (np.log(0.5), np.log(0.5))
     found = calibration([outcome("a", "a", scores=half), outcome("a", "b", scores=sure)])
     assert found == {"confidence": pytest.approx(0.7), "accuracy": 0.5, "error": pytest.approx(0.7)}
+    certain, surely = (0.0, -np.inf), (np.log(0.85), np.log(0.15))
+    found = calibration([outcome("a", "a", scores=surely), outcome("a", "b", scores=certain)])
+    assert found["error"] == pytest.approx((0.15 + 1) / 2), "the last bin holds what is certain, and no more"
+    orders = [cell(answers, [0] * 4) for answers in ([0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1])]
+    found = order_sensitivity(orders[0], [*orders[1:]])
+    assert found == {"changed": 0.0, "std": 0.5}, "over three orders, as a sample"
