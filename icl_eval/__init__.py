@@ -2,7 +2,7 @@
 
 Reading order: tasks.py, datasets/, sources.py, demonstrations.py, features.py, prompts.py, diagnostics.py,
 questions.py, engine.py, outcomes.py, metrics/, ledger.py, results.py, verdicts.py, evaluation.py, seeds.py, run.py,
-listing.py, show.py, report.py.
+listing.py, show.py, report.py; saved.py, compare.py, board.py; instructions.py, comparison.py.
 """
 
 from icl_eval.evaluation import Results, evaluate, summary

@@ -172,7 +172,10 @@ def evaluate_answerer(
     examples = {name: _hash_of_examples(each.pool) for name, each in questions.items()}
     results.facts = {**provenance(), "examples": examples, **(facts or {})}
     made = answerer() if callable(answerer) else answerer
-    ledger = MemoryLedger() if out is None else FolderLedger(Path(out), _identity(results, keys))
+    ledger: MemoryLedger | FolderLedger = MemoryLedger()
+    if out is not None:
+        ledger = FolderLedger(Path(out), _identity(results, keys), results.facts["commit"])
+        results.facts["commit"] = ledger.commit
     run = _Run(made, ledger, closed, window, decimals, progress)
     for name, each in questions.items():
         start = time.perf_counter()

@@ -128,19 +128,25 @@ class FolderLedger:
     Args:
         folder: of the results.
         identity: what is evaluated, see `identity_of`: an unfinished evaluation is gone on with where it is the same.
+        commit: of the code that goes on.
+
+    Attributes:
+        commit: of all code that had a part, joined by commas.
 
     Raises:
         FlamingoError: the folder holds an unfinished evaluation, or results, of something else; it cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+    def __init__(self, folder: Path, identity: Mapping[str, Any], commit: str | None = None):
         self.folder = folder / UNFINISHED
         self._file: IO[str] | None = None
         self._counts: dict[str, int] = {}
-        text = json.dumps(identity, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        about, results, now = self.folder / "evaluation.json", folder / RESULTS, json.loads(text)
+        about, results, now = self.folder / "evaluation.json", folder / RESULTS, json.loads(json.dumps(identity))
         goes_on = about.exists()
-        if goes_on and (other := difference(read_object(about), now)):
+        before = read_object(about) if goes_on else now
+        commits = dict.fromkeys([*before.pop("commits", ()), commit])
+        self.commit = commit if len(commits) == 1 else ", ".join(str(each) for each in commits)
+        if other := difference(before, now):
             raise FlamingoError(
                 f"{self.folder}: holds an unfinished evaluation of another model, other data, tasks or options "
                 f"({other}); give another folder, or remove it"
@@ -157,7 +163,8 @@ class FolderLedger:
                 if not goes_on:  # a finished evaluation that was killed while it tidied up may have left answers
                     for part in self._parts():
                         part.unlink()
-                write_text(about, text)
+                content = {**now, "commits": list(commits)}
+                write_text(about, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
                 self._join()
         wait()
 

@@ -58,7 +58,7 @@ class Results:
         tasks: the tasks as they were run, by name.
         cells: in order of tasks, plain ones by shots, then controls.
         seed: of each task's draws.
-        seconds: spent on each task.
+        seconds: spent on each task since the last start.
         facts: versions, commit, machine, and what the caller adds (model, recipe).
         diagnostics: by task: what its demonstrations contribute; see `icl_eval.verdicts`.
         data: the folder of data sets that was given, for whoever shows the pictures; see `load_pool`.

@@ -73,6 +73,16 @@ def test_what_differs_is_named(task, tmp_path):
         evaluate_answerer(Stub(), [task], data=tmp_path, out=tmp_path / "out", seed=3)
 
 
+def test_all_code_that_had_a_part_is_named(task, tmp_path):
+    """Half of the answers by a commit that the results do not tell of."""
+    out = tmp_path / "out"
+    killed(task, out, facts={"commit": "a" * 40})
+    results = evaluate_answerer(Stub(), [task], data=tmp_path, out=out, facts={"commit": "b" * 40})
+    assert results.facts["commit"] == read_results(out).facts["commit"] == f"{'a' * 40}, {'b' * 40}"
+    results = evaluate_answerer(Stub(), [task], data=tmp_path, out=out, facts={"commit": "b" * 40})
+    assert results.facts["commit"] == "b" * 40
+
+
 @pytest.mark.parametrize("change", ["weights", "vocabulary"])
 def test_another_model_is_told_without_being_named(task, tmp_path, monkeypatch, change):
     """A model that was trained on between a kill and the next start; answers of both in one file."""
