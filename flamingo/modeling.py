@@ -595,6 +595,9 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """−inf for the ids that no token has: padding rows of the LM's embedding."""
         if logits.shape[-1] <= self.row_of.shape[0]:
             return logits
+        if not torch.is_grad_enabled():  # in place: a copy of many logits costs as much as a layer
+            logits[..., self.row_of.shape[0] :] = -torch.inf
+            return logits
         unused = torch.arange(logits.shape[-1], device=logits.device) >= self.row_of.shape[0]
         return logits.masked_fill(unused, -torch.inf)
 
@@ -768,6 +771,8 @@ class _AppendNewTokens(_Hook):
         columns = model.new_ids.to(logits.device)
         if now.in_place:
             return PutColumns.apply(logits, new, columns)
+        if not torch.is_grad_enabled():
+            return logits.index_copy_(-1, columns, new)
         return logits.index_copy(-1, columns, new)
 
 
