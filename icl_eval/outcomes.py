@@ -74,7 +74,7 @@ def decide(scores: np.ndarray) -> tuple[int, bool]:
 
 def the_best(scores: np.ndarray) -> list[int]:
     """The `BEST` best candidates, each decided among those left, so that noise orders none that are tied."""
-    left, found = list(range(len(scores))), []
+    left, found = list(range(len(scores))), list[int]()
     while left and len(found) < BEST:
         place, _ = decide(scores[left])
         found.append(left.pop(place))

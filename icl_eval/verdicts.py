@@ -240,7 +240,7 @@ def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, A
     )
     sentences.append(
         f"The last demonstration's answer is given in {late['last']:.0%} of the queries, that of another place in "
-        f"{late['others']:.0%}; were all answers right, the difference would be {late['right']:+.0%}."
+        f"{late['others']:.0%}; were all answers right, the difference would be {late['right']:+.1%}."
     )
     if calibrated := numbers.get("calibration"):
         sentences.append(

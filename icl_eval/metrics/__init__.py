@@ -9,9 +9,9 @@ hallucination.py.
 
 from icl_eval.metrics.bootstrap import bootstrap_interval, over_seeds
 from icl_eval.metrics.captions import CAPTIONS, CIDER
-from icl_eval.metrics.classification import ACCURACY, EXACT_MATCH, ROC_AUC, TOP_1, TOP_5, accuracy
+from icl_eval.metrics.classification import ACCURACY, EXACT_MATCH, ROC_AUC, TOP_1, TOP_5
 from icl_eval.metrics.hallucination import MME, POPE
-from icl_eval.metrics.metric import Figure, Metric, Score, by_split
+from icl_eval.metrics.metric import Figure, Metric, Score
 from icl_eval.metrics.vqa import OK_VQA_ACCURACY, VQA_ACCURACY, VQA_ACCURACY_OPEN_FLAMINGO
 
 METRICS: dict[str, Metric] = {
@@ -32,4 +32,4 @@ METRICS: dict[str, Metric] = {
     )
 }
 
-__all__ = ["METRICS", "Figure", "Metric", "Score", "accuracy", "bootstrap_interval", "by_split", "over_seeds"]
+__all__ = ["METRICS", "Figure", "Metric", "Score", "bootstrap_interval", "over_seeds"]

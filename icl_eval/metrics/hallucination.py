@@ -1,7 +1,7 @@
 """Yes or no about a picture: POPE's five figures and MME's two, after their authors' scripts.
 
-POPE: Li et al. 2023 (arXiv 2305.10355), figures for each split by `icl_eval.metrics.by_split`. MME: Fu et al. 2023
-(arXiv 2306.13394), two questions a picture; its tables show `score` for each subtask, and sums of it.
+POPE: Li et al. 2023 (arXiv 2305.10355); each of its splits is a task. MME: Fu et al. 2023 (arXiv 2306.13394), two
+questions a picture; its tables show `score` for each subtask, and sums of it.
 """
 
 from __future__ import annotations

@@ -190,48 +190,6 @@ class Metric:
         return self.prepare(predictions, targets, groups)
 
 
-def by_split(
-    metric: Metric,
-    predictions: Sequence[Any],
-    targets: Sequence[Any],
-    splits: Sequence[str],
-    *,
-    groups: Sequence[Any] | None = None,
-    **options: Any,
-) -> dict[str, Score]:
-    """`Metric.score` for each split (POPE's random, popular, adversarial; MME's subtasks), in order of appearance.
-
-    Args:
-        metric: the metric.
-        predictions: see `Metric.score`; as `targets` and `groups`.
-        targets: see there.
-        splits: of each query.
-        groups: see there.
-        options: `level`, `resamples` and `seed` of `Metric.score`.
-
-    Raises:
-        FlamingoError: as there; or not as many splits as predictions.
-    """
-    if len(splits) != len(predictions):
-        raise FlamingoError(f"splits: {len(splits)}, expected one for each of {len(predictions)} predictions")
-    places: dict[str, list[int]] = {}
-    for place, split in enumerate(splits):
-        places.setdefault(split, []).append(place)
-
-    def at(values: Sequence[Any], chosen: list[int]) -> list[Any]:
-        return [values[place] for place in chosen]
-
-    return {
-        split: metric.score(
-            at(predictions, chosen),
-            at(targets, chosen),
-            groups=None if groups is None else at(groups, chosen),
-            **options,
-        )
-        for split, chosen in places.items()
-    }
-
-
 def string_lists(metric: str, targets: Sequence[Any]) -> None:
     """Check that every target is a list of texts.
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from flamingo import FlamingoError
-from icl_eval.metrics import METRICS, by_split
+from icl_eval.metrics import METRICS
 from icl_eval.metrics.hallucination import mme_answer, pope_answer
 
 
@@ -51,14 +51,6 @@ def test_answers_that_are_neither_are_counted() -> None:
     """An answer that counts as neither for the comma behind its yes, or none at all as an answer."""
     said = ["Yes, there is.", "no!", "It is not", "nothing", "", "YES"]
     assert METRICS["pope"].score(said, ["yes"] * 6).details["neither yes nor no"] == "2"
-
-
-def test_popes_figures_by_split() -> None:
-    """Splits pooled: the adversarial questions hidden among the easy ones."""
-    found = by_split(METRICS["pope"], ["yes", "yes", "no"], ["yes", "no", "no"], ["random", "popular", "random"])
-    assert {split: score.value for split, score in found.items()} == {"random": 1, "popular": 0}
-    with pytest.raises(FlamingoError, match="splits: 1, expected one for each of 2"):
-        by_split(METRICS["pope"], ["yes", "no"], ["yes", "no"], ["random"])
 
 
 def test_a_model_that_never_says_yes_has_figures() -> None:
