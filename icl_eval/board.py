@@ -22,6 +22,7 @@ from flamingo.errors import FlamingoError
 from flamingo.files import write_text
 from icl_eval.charts import COLOURS, Series, line_chart
 from icl_eval.compare import NOT_COMPARED
+from icl_eval.ledger import written
 from icl_eval.saved import SavedCell, SavedResults, parse
 
 SCHEMA = 1
@@ -299,5 +300,7 @@ def main(words: Sequence[str]) -> None:
         raise FlamingoError(f"board: --out {path}: expected a file that ends in {', '.join(WRITERS)}")
     if not path.parent.is_dir():
         raise FlamingoError(f"board: --out {path}: no folder {path.parent}")
-    write_text(path, WRITERS[path.suffix](board(runs), options.title))
+    content = WRITERS[path.suffix](board(runs), options.title)
+    with written(path):
+        write_text(path, content)
     print(path)

@@ -352,9 +352,9 @@ class _Run:
         found: list[dict[CellKey, list[Any]]] = [defaultdict(list) for _ in episodes]
         shut = [key for key in keys if key[1] == "gates_at_zero"]
         for some in ([key for key in keys if key not in shut], shut):
-            asked = [(place, each) for place, ep in enumerate(episodes) for each in questions.asked(ep, some)]
             if not some:
                 continue
+            asked = [(place, each) for place, ep in enumerate(episodes) for each in questions.asked(ep, some)]
             with self.closed() if some is shut and self.closed is not None else nullcontext():
                 answers = self._ask(questions, [each for _, each in asked], advance)
             for (place, each), row in zip(asked, answers, strict=True):

@@ -259,10 +259,7 @@ def written(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FlamingoError(
-            f"{place}: {error.strerror or error}, expected a folder with room to write in; "
-            "an evaluation that is started again goes on from what is there"
-        ) from error
+        raise FlamingoError(f"{place}: {error.strerror or error}, expected a folder with room to write in") from error
 
 
 def difference(before: Any, now: Any, at: str = "") -> str | None:

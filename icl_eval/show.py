@@ -11,6 +11,7 @@ from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
 from icl_eval.demonstrations import Similarity
 from icl_eval.features import Features
+from icl_eval.ledger import written
 from icl_eval.prompts import Prompt, prompt_document
 from icl_eval.questions import CellKey, Questions, cell_keys
 from icl_eval.sources import load_pool
@@ -51,7 +52,8 @@ def write_prompts(
     keys = cell_keys(task, controls)
     questions = Questions(task, pool, keys, similarity)
     folder = Path(out) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     pages = []
     for number in range(min(count, questions.draws.count)):
         episode = questions.draws.episode(number)

@@ -136,6 +136,8 @@ def test_what_cannot_be_made_is_refused(folders, tmp_path):
         ([str(only_control)], "expected results without controls"),
         ([str(folders[0]), "--out", "board.txt"], "expected a file that ends in .html, .md, .json"),
         ([str(folders[0]), "--out", str(tmp_path / "none" / "x.md")], "no folder"),
+        ([str(folders[0]), "--out", str(folders[0] / "results.json" / "x.md")], "no folder"),
+        ([str(folders[0]), "--out", str(tmp_path / ("x" * 300 + ".md"))], "File name too long"),
         ([str(tmp_path)], "results.json: expected the results"),
         ([], "board: "),
     ):

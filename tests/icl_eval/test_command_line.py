@@ -68,6 +68,9 @@ def test_exact_prompts_are_shown(run, saved, tmp_path):
     page = Path(pages[-1]).read_text()
     for each in episode.ranking:
         assert each.example.id in page and each.example.question in page
+    (tmp_path / "file").touch()
+    code, _, err = run("--model", saved, "--task", task, "--data", data, "--show", 1, "--out", tmp_path / "file")
+    assert code == 2 and err.endswith("file/prompts: Not a directory, expected a folder with room to write in\n")
     assert page.count("data:image/png;base64") == 4 and episode.query_id in page
     assert Path(pages[0]).read_text().count("data:image/png;base64") == 1
 
