@@ -126,13 +126,19 @@ def test_answers_are_the_most_likely_text_up_to_its_end(folder: Path, evaluated:
 
 
 def test_a_split_with_fewer_queries_than_are_shown(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """A run that ends at its first evaluation, since a small data set has no fifth query."""
+    """A run that ends at its first evaluation, since a small data set has no fifth query, or a task is of any kind."""
     monkeypatch.setenv(ROOT, str(write_own(tmp_path, train=6, test=2)))
     free = {"mode": "generate", "generate": {"max_new_tokens": 3}, "metric": "exact_match"}
-    tasks = [str(write_task(tmp_path, name, **keys)) for name, keys in (("ranked", {}), ("free", free))]
+    monkeypatch.setenv("FLAMINGO_CACHE", str(tmp_path / "cache"))
+    kinds = (
+        ("ranked", {"zero_shot": "honest"}),
+        ("similar", {"demonstrations": "rices", "ensemble": 2}),
+        ("free", free),
+    )
+    tasks = [str(write_task(tmp_path, name, **keys)) for name, keys in kinds]
     evaluation = EvaluationRecipe(**{**vars(EVALUATION), "tasks": tasks, "every": STEPS, "generations": 5, "split": ""})
     out = run(folder, tmp_path / "out", Processes(), evaluation)
-    assert [row["task"] for row in read_rows(out / GENERATIONS_FILE)] == ["ranked", "ranked", "free", "free"]
+    assert [row["task"] for row in read_rows(out / GENERATIONS_FILE)] == [name for name, _ in kinds for _ in range(2)]
 
 
 class Restless(nn.Module):
