@@ -112,15 +112,41 @@ def test_a_fixed_row_skips_the_query_alone():
         assert both == [each for each in rows[other] if each in rows[number]]
 
 
-def test_within_a_field():
+@pytest.mark.parametrize("how", ["random", "fixed", "balanced", "rices"])
+def test_within_a_field(how):
     """Demonstrations of another episode or operator."""
-    support = [example(number, number, operator="+-"[number % 2]) for number in range(20)]
-    task = dataclasses.replace(BASE, within="operator")
+    support = [example(number, number, "abc"[number % 3], operator="+-"[number % 2]) for number in range(20)]
+    task = dataclasses.replace(BASE, within="operator", demonstrations=how)
     pool = pool_of(task, support, [example(100, 100, operator="-"), example(101, 101, other="-")])
-    draws = Draws(task, pool, 0, 5)
+    draws = Draws(task, pool, 0, 5, Backwards(pool))
     assert {each.example.fields["operator"] for each in draws.episode(0).ranking} == {"-"}
     with pytest.raises(FlamingoError, match="f: within: 'operator', example 'e101' of made has other"):
         draws.episode(1)
+
+
+def test_draws_of_another_task_are_others():
+    """Two tasks on one data set that share their demonstrations, so that their errors go together."""
+    support = [example(number, number) for number in range(40)]
+    tasks = [BASE, dataclasses.replace(BASE, name="other")]
+    one, other = (Draws(task, pool_of(task, support, [example(100, 100)]), 0, 8).episode(0) for task in tasks)
+    assert one.ranking != other.ranking
+
+
+def test_balanced_draws_go_on_without_a_class_that_is_used_up():
+    """Demonstrations that end with the smallest class, or one that is shown twice."""
+    support = [example(number, number, "aaaab"[number % 5]) for number in range(10)]
+    task = dataclasses.replace(BASE, demonstrations="balanced")
+    ranking = Draws(task, pool_of(task, support, [example(100, 100)]), 0, 10).episode(0).ranking
+    labels = [each.example.label for each in ranking]
+    assert {*labels[:2]} == {*labels[2:4]} == {"a", "b"} and labels[4:] == ["a"] * 6
+    assert len({each.example.id for each in ranking}) == 10
+
+
+def test_two_demonstrations_are_drawn_for_the_papers_zero_shot():
+    """A query at 0 shots with one text before it, or none."""
+    task = dataclasses.replace(BASE, zero_shot="text_only", shots=(0,))
+    draws = Draws(task, pool_of(task, [example(number, number) for number in range(9)], [example(100, 100)]), 0, 0)
+    assert len(draws.episode(0).prompt(2, text_only=True).shown) == 2
 
 
 def test_lazy_draws_are_uniform_and_cost_no_more_than_what_is_drawn():
@@ -188,7 +214,7 @@ def test_binding_takes_queries_and_demonstrations_from_their_own_splits():
     support = [example(number, number, "abcd"[number % 4]) for number in range(24)]
     queries = [example(100 + number, number, "bcde"[number % 4]) for number in range(24)]
     _, pool, draws = binding(support, queries)
-    seen = set()
+    seen, orders_of_rounds = set(), set()
     for number in range(40):
         episode = draws.episode(number)
         assert episode.query in queries and episode.query.label in "bcd"
@@ -197,6 +223,8 @@ def test_binding_takes_queries_and_demonstrations_from_their_own_splits():
         assert {each.answer for each in episode.ranking[:2]} == set(episode.candidates)
         assert all(not pool.digests(each.example) & pool.digests(episode.query) for each in episode.ranking)
         seen.add(episode.candidates)
+        orders_of_rounds.add(tuple(each.way for each in episode.ranking))
+    assert len(orders_of_rounds) == 4  # two orders, in either round
     assert len(seen) == 6  # of b, c, d, in both orders
 
 
