@@ -106,6 +106,14 @@ def test_a_long_answer_can_make_up_for_a_bad_beginning():
     assert np.flatnonzero(np.isfinite(found)).tolist() == [8]
 
 
+def test_what_may_tie_with_the_best_is_read():
+    """Answers a hair below the best that are never read, where others of them are: as many ties as a round holds."""
+    answers = [(first, 9) for first in range(8)]
+    likelihoods = lambda beginning, token: 0.0 if beginning else -1.0 - token * TIE / 8  # noqa: E731
+    for normalise in ("sum", "mean"):
+        assert np.isfinite(search_all(Trie(answers), likelihoods, normalise, 1)[0]).all()
+
+
 def test_ties_with_the_last_of_the_best_are_kept():
     """The k-th best chosen among equals by order: another order of candidates, other results."""
     scores = np.array([-3.0, -1.0, -2.0, -2.0 - TIE / 2, -2.0 - 2 * TIE])
