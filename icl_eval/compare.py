@@ -23,7 +23,7 @@ from flamingo.files import write_text
 from icl_eval.metrics import METRICS
 from icl_eval.metrics.bootstrap import LEVEL, RESAMPLES, percentiles, resampled
 from icl_eval.metrics.metric import Metric, Prepared
-from icl_eval.metrics.paired import Difference, of_scores, of_values, randomisation_p
+from icl_eval.metrics.paired import SIGNIFICANT, Difference, of_scores, of_values, randomisation_p
 from icl_eval.saved import Key, Predictions, SavedResults, named, parse
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MCNEMAR, RANDOMISATION = "McNemar, exact", "paired randomisation"
-SIGNIFICANT = 0.05
 ROUNDED = 1e-4
 """How far a figure may move by the rounding of the scores in predictions.jsonl."""
 NOT_COMPARED = ("file", "shots")

@@ -16,13 +16,12 @@ from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, ORDERS
 from icl_eval.engine import TIE
 from icl_eval.metrics import METRICS
 from icl_eval.metrics.bootstrap import Figures, bootstrap, weighted_mean
-from icl_eval.metrics.paired import Difference, of_scores, of_values, randomisation_p
+from icl_eval.metrics.paired import SIGNIFICANT, Difference, of_scores, of_values, randomisation_p
 from icl_eval.outcomes import BEST, Outcome
 from icl_eval.results import Cell, Results
 
 BINS = 10
 """of confidence, for the calibration error"""
-SIGNIFICANT = 0.05
 WORDS = {
     "zero_shot": ("having none", "they help", "they harm", "no sign that they matter"),
     "two_texts": ("having two of their texts alone", "they help", "they harm", "no sign that they matter"),

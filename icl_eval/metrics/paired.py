@@ -18,6 +18,8 @@ from icl_eval.metrics.metric import Metric
 
 Difference = Callable[[np.ndarray], np.ndarray]
 """Swaps (R, Q), 1 where two runs' answers to a query are exchanged, else 0 → (R,): how much then a figure differs."""
+SIGNIFICANT = 0.05
+"""p below which a difference is called one."""
 _ROUNDING = 1e-9  # differences that are as large but for the order of summation
 
 
