@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -280,6 +281,22 @@ def test_a_chat_template_does_not_move_images(llava, monkeypatch):
     monkeypatch.delattr(llava.processor, "image_token")
     with pytest.raises(FlamingoError, match="form: chat, but LlavaProcessor names no image_token"):
         ImageTextToText(llava.model, llava.processor)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "<s>" + TEMPLATE])
+def test_a_chat_has_one_beginning(llava, template, monkeypatch):
+    """Two beginnings, the template's and the tokenizer's, which no model was trained on; or none."""
+    backend = llava.processor.tokenizer.backend_tokenizer
+    monkeypatch.setattr(llava.processor, "chat_template", template)
+    adds_beginning = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    before, backend.post_processor = backend.post_processor, adds_beginning
+    try:
+        peer = ImageTextToText(llava.model, llava.processor)
+        ids = []
+        peer._each(Drawer(), ladders(1), lambda asked: ids.append(peer._inputs(asked, None)["input_ids"][0]), None)
+    finally:
+        backend.post_processor = before
+    assert [(int(each[0]), each.tolist().count(1)) for each in ids] == [(1, 1)] * 3
 
 
 @pytest.mark.parametrize("beams", [1, 2])
