@@ -583,7 +583,7 @@ class Engine:
         for name, value in (("max_new_tokens", max_new_tokens), ("beams", beams)):
             if value < 1:
                 raise FlamingoError(f"{name}: {value}, expected at least 1")
-        how = {"max_new_tokens": max_new_tokens, "num_beams": beams, "length_penalty": length_penalty}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "length_penalty": length_penalty}
         texts = [[""] * len(ladder.queries) for ladder in ladders]
         image = self.model.config.image_token_id
         for waiting in self._read_ladders(library, ladders, max_new_tokens):

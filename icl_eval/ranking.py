@@ -158,10 +158,8 @@ def best_only(scores: np.ndarray, top_k: int | None) -> np.ndarray:
     """Scores of the `top_k` best, and of what is at most `TIE` below them; −inf for the others. None: all scores.
 
     Raises:
-        FlamingoError: a score is no number, or `top_k` is below 1.
+        FlamingoError: `top_k` is below 1.
     """
-    if np.isnan(scores).any():
-        raise FlamingoError("log-likelihoods that are no numbers (NaN): is the model in too narrow a precision?")
     if top_k is not None and top_k < 1:
         raise FlamingoError(f"top_k: {top_k}, expected at least 1, or None for all")
     if top_k is None or top_k >= len(scores):
