@@ -314,7 +314,15 @@ def _scoring(options: Options) -> Callable[..., Results]:
             f"--model {options.model}: neither a Flamingo nor another model of transformers: {said}"
         ) from None
     peer.model.to(device)
-    return partial(evaluate_answerer, peer)
+    if (options.controls or options.diagnostics) and rank_and_ranks()[0] == 0:
+        print("gates_at_zero is left out of the controls: this model has no gates", file=sys.stderr)
+
+    def scored(tasks: Sequence[Task], *, controls: Sequence[str], **how: Any) -> Results:
+        controls = [name for name in controls if name != "gates_at_zero"]
+        # It answers one query at a time: nothing is gained by asking more, and less is lost when it is killed.
+        return evaluate_answerer(peer, tasks, controls=controls, window=1, **how)
+
+    return scored
 
 
 def _settings(options: Options) -> dict[str, Any]:

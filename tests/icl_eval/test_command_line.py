@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from icl_eval.demonstrations import Draws
+from icl_eval.diagnostics import CONTROLS
 from icl_eval.ledger import UNFINISHED
 from icl_eval.run import main
 from icl_eval.saved import read_results
@@ -114,3 +116,19 @@ def test_several_seeds_go_on_where_they_were_killed(run, saved, tmp_path, monkey
     assert stub.asked == [5], "the last seed alone"
     assert json.loads((out / "seeds.json").read_text())["seeds"] == [3, 4, 5]
     assert not list(out.glob(f"**/{UNFINISHED}"))
+
+
+def test_models_without_gates_have_the_other_controls(run, tmp_path, monkeypatch):
+    """Somebody else's model for which no control can be run, since one cannot."""
+    data, task, out = write_own(tmp_path), write_task(tmp_path), tmp_path / "out"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "another"}')
+    peer = Stub()
+    peer.model = nn.Identity()
+    found = "icl_eval.peers.image_text_to_text.ImageTextToText.from_pretrained"
+    monkeypatch.setattr(found, lambda *_, **__: peer)
+    words = ("--model", tmp_path / "model", "--task", task, "--data", data, "--queries", 5, "--out", out)
+    code, _, err = run(*words, "--controls", "--device", "cpu")
+    assert code == 0 and "gates_at_zero is left out" in err
+    controls = {control for _, _, control in read_results(out).cells}
+    assert controls == {None, *CONTROLS} - {"gates_at_zero"}
