@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo import FlamingoError
+from icl_eval import sources
 from icl_eval.datasets import Example
 from icl_eval.demonstrations import Draws, check_shots, generator, orders, without_replacement
 from icl_eval.sources import Pool
@@ -257,3 +258,19 @@ def test_binding_within_a_group_keeps_to_it():
         FlamingoError, match="f: ways: 2, but of query 'e100' the support has the classes none, and its"
     ):
         draws.episode(0)
+
+
+def test_media_that_are_kept_are_bounded(monkeypatch):
+    """10⁵ media in memory after 10⁵ queries, or one that is read again for each of its uses in a row."""
+    monkeypatch.setattr(sources, "KEPT_BYTES", 6)
+    pool = pool_of(BASE, [example(number, 10 + number) for number in range(9)], [example(100, 10)])
+    reads = []
+    monkeypatch.setattr(pool.dataset, "medium", lambda name: reads.append(name) or Made.medium(pool.dataset, name))
+    for each in pool.support:
+        pool.digests(each)
+        pool.media(pool.indices(each))
+    assert len(reads) == 9
+    assert pool.digests(pool.queries[0]) == pool.digests(pool.support[0]), "digests are kept, the media are not"
+    pool.media(pool.indices(pool.support[0]))
+    pool.media(pool.indices(pool.support[8]))
+    assert len(reads) == 9 + 2

@@ -146,3 +146,9 @@ def test_a_cache_that_cannot_be_used_is_named(pair, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(FlamingoError, match=r"file/features/\S+: expected a folder to keep features in"):
         Features(*pair, pool, tmp_path / "file")
+
+
+def test_a_query_is_no_example_of_the_support_with_its_id(pair, tmp_path):
+    """Numbers that both splits begin from 1 with, where a query is ranked by another example's picture."""
+    pool = Pool(TASK, Pictures([example("1", 3), example("2", 7)], [example("1", 7)]))
+    assert next(Features(*pair, pool, tmp_path).ranking(pool.queries[0])) == 1
