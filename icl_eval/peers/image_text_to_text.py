@@ -96,8 +96,8 @@ class ImageTextToText:
         """As `Engine.rank`.
 
         Raises:
-            FlamingoError: where the tokens of a prompt are no prefix of those of prompt and answer, or a medium is a
-                video.
+            FlamingoError: where the tokens of a prompt are no prefix of those of prompt and answer, a medium is a
+                video, or a text holds the mark of images.
         """
 
         def scores(asked: _Asked) -> np.ndarray:
@@ -121,7 +121,7 @@ class ImageTextToText:
         """As `Engine.generate`: what the model says until it closes its answer.
 
         Raises:
-            FlamingoError: a medium is a video.
+            FlamingoError: a medium is a video, or a text holds the mark of images.
         """
 
         def text(asked: _Asked) -> str:
@@ -154,6 +154,9 @@ class ImageTextToText:
             for query in ladder.queries:
                 shown = [(*self._parts(library, chunk), self.end) for chunk in ladder.demonstrations[: query.after]]
                 parts = [part for chunk in shown for part in chunk] + self._parts(library, query.chunk)
+                mark = getattr(self.processor, "image_token", "<image>")
+                if any(mark in part for part in parts if isinstance(part, str)):
+                    raise FlamingoError(f"{ladder.key}: a text holds {mark}, which would be read as an image")
                 found[-1].append(answer(_Asked(ladder, query, _joined(parts))))
                 if progress is not None:
                     progress(1)

@@ -343,6 +343,10 @@ def test_what_models_of_transformers_cannot_be_asked(idefics, llava):
     video = Ladder((), (Query(0, Chunk((100, "a:")), ANSWERS),), "v")
     with pytest.raises(FlamingoError, match="found a video"):
         llava.rank(Drawer(), [video])
+    marked = Ladder((), (Query(0, Chunk((1, "what is <image>?")), ANSWERS),), "m")
+    for peer in (idefics, llava):
+        with pytest.raises(FlamingoError, match="m: a text holds <image>, which would be read as an image"):
+            peer.rank(Drawer(), [marked])
     with pytest.raises(FlamingoError, match="IdeficsProcessor has no chat template"):
         ImageTextToText(idefics.model, idefics.processor, form="chat")
     with pytest.raises(FlamingoError, match="end: ''"):
