@@ -110,10 +110,10 @@ def _expected(tasks: Sequence[Task], root: Path) -> Iterator[Text | Table]:
             together[tuple(files.items())].append(f"{_folder(dataset, root)}{of}")
     if together:
         yield Text(f"\nfiles that they expect below {root if str(root) != '.' else 'the folder --data'}", style="bold")
-    for files, folders in together.items():
+    for rows, folders in together.items():
         yield Text(f"\n{', '.join(folders)}")
         block = Table(box=None, padding=(0, 0, 0, 2), show_header=False)
-        for row in files:
+        for row in rows:
             block.add_row(*row)
         yield block
 

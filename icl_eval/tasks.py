@@ -66,7 +66,7 @@ class Task:
         zero_shot: "honest": nothing stands before the query; "text_only": two demonstrations without their media, as in
             the papers.
         normalise: "sum": the log-likelihood of answer + end of chunk; "mean": the same per token.
-        metric: a key of `icl_eval.metrics.METRICS`.
+        metric: a key of `icl_eval.metrics.METRICS`; to roc_auc the last of the candidates is the positive class.
         queries: of a cell, drawn from the split; 0: all of it. Of fast binding: episodes.
         seed: of the draws, where the run gives none.
         ways: fast binding: classes of an episode, and so candidates of a query; 0: no fast binding.

@@ -24,7 +24,7 @@ class Own(LocalDataSet):
     - `question`, where the task's template does not ask;
     - `answers`, all that are right, or `answer`, one; the first stands in a demonstration;
     - `label`, its class; without it, and with `candidates`, its first answer;
-    - `candidates`, answers to choose among;
+    - `candidates`, answers to choose among, to the metric roc_auc the last is the positive class;
     - `id`; without it, the line's number from 1;
     - any other texts or integers, as fields for the template.
     """

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo import FlamingoError
+from flamingo.document import Image, Video
 from icl_eval import sources
 from icl_eval.datasets import Example
 from icl_eval.demonstrations import Draws, check_shots, generator, orders, without_replacement
@@ -274,3 +275,16 @@ def test_media_that_are_kept_are_bounded(monkeypatch):
     pool.media(pool.indices(pool.support[0]))
     pool.media(pool.indices(pool.support[8]))
     assert len(reads) == 9 + 2
+
+
+def test_a_video_is_told_by_all_its_frames():
+    """Two videos that begin alike taken for one, so that neither may be shown before the other."""
+
+    class Clips(Made):
+        def medium(self, name):
+            return Video(tuple(Image(letter.encode(), letter) for letter in name))
+
+    clips = [Example(name, (name,), answers=("x",)) for name in ("ab", "ac", "a")]
+    pool = Pool(BASE, Clips(clips, [Example("q", ("ab",), answers=("x",)), Example("p", ("a",), answers=("x",))]))
+    shown = [{each.example.id for each in Draws(BASE, pool, 0, 2).episode(number).ranking} for number in (0, 1)]
+    assert shown == [{"ac", "a"}, {"ab", "ac"}]
