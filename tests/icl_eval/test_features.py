@@ -53,6 +53,8 @@ def test_the_most_similar_come_first_and_ties_by_id(pair, tmp_path):
     ranking = [SUPPORT[place].id for place in features.ranking(pool.queries[0])]
     assert ranking[:2] == ["a", "d"] and sorted(ranking) == ["a", "b", "c", "d", "e", "none"]
     assert np.allclose(np.linalg.norm(features.support[:5], axis=1), 1) and not features.support[5].any()
+    features.support[0] *= 1 + 1e-6  # noise of another machine
+    assert [SUPPORT[place].id for place in features.ranking(pool.queries[0])] == ranking
     model, processor = pair
     with torch.inference_mode():
         tokens = model.vision_tower(pixel_values=processor.pixels([picture(7)])[0]).last_hidden_state[0, 1:]
