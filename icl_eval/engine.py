@@ -396,6 +396,9 @@ class Engine:
         batch_size: rows of a pass, and ladders that are read side by side.
         media_bytes: limit of the store of media.
 
+    Raises:
+        FlamingoError: the LM keeps its cache to itself.
+
     Attributes:
         label_tokens, label_tokens_read: tokens of all candidate answers of all queries ranked so far, and how many were
             read for them.
@@ -849,6 +852,9 @@ class Engine:
             media_last=last,
             logits_to_keep=keep,
         )
+        if output.past_key_values is None:
+            name = type(self.model.language_model).__name__
+            raise FlamingoError(f"{name} gives no past_key_values, from which an evaluation goes on")
         prefix.cache = output.past_key_values
         prefix.length += ids.shape[1]
         prefix.media = available if self.sees_all else [each[-1:] for each in available]

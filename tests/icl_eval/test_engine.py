@@ -149,6 +149,21 @@ def test_a_cache_that_goes_on_wrongly_is_noticed_in_half_precision(monkeypatch, 
     assert not Engine(model, processor).reads_ahead
 
 
+def test_an_lm_without_a_cache_is_refused(monkeypatch, tmp_path):
+    """RecurrentGemma, which keeps its states to itself: text-only prompts of which nothing but the end is read."""
+    model, processor = lively_flamingo(tmp_path, "llama")
+    forward = model.forward
+
+    def without(**given):
+        output = forward(**given)
+        output.past_key_values = None
+        return output
+
+    monkeypatch.setattr(model, "forward", without)
+    with pytest.raises(FlamingoError, match="LlamaForCausalLM gives no past_key_values"):
+        Engine(model, processor)
+
+
 def test_mean_divides_by_the_tokens_of_the_answer(flamingo, pool):
     """`normalise: mean` over the longest candidate's length, or over label tokens without the end of chunk."""
     model, processor = flamingo
