@@ -373,6 +373,7 @@ class _Run:
                 ladders,
                 max_new_tokens=task.generate.max_new_tokens,
                 beams=task.generate.beams,
+                length_penalty=task.generate.length_penalty,
                 progress=advance,
             )
             return [list(row) for row in texts]

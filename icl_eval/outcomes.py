@@ -13,6 +13,7 @@ from icl_eval.datasets.vqa import raw_and_stemmed
 from icl_eval.demonstrations import Episode
 from icl_eval.engine import TIE
 from icl_eval.metrics import METRICS
+from icl_eval.metrics.kept import KEEPS
 from icl_eval.prompts import Prompt, fingerprint
 from icl_eval.questions import Questions
 from icl_eval.tasks import Task
@@ -35,7 +36,8 @@ class Outcome:
         demonstrations: ids of the examples whose media are shown before it, in order; `labels`: their answers.
         prompt: SHA-256 of the rendered prompt and of these ids, 16 hexadecimal digits.
         prediction, target: as the metric of the task takes them.
-        answer: the answer in words; `right`: a right one, where one is known.
+        answer: the answer in words; `right`: a right one, where one is known; `generated`: all that the model said,
+            where the task keeps a part of it (`icl_eval.metrics.kept`).
         group: the media that it asks about, where several queries may ask about the same; queries of a group are no
             independent evidence.
         candidates: the answers to choose among, with `scores`, the log-likelihood of each in nats; of more than `MANY`
@@ -52,6 +54,7 @@ class Outcome:
     target: Any
     answer: str
     right: str | None = None
+    generated: str | None = None
     group: str | None = None
     candidates: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
@@ -123,7 +126,9 @@ def ranked(
 
 def generated(questions: Questions, episode: Episode, prompt: Prompt, text: str) -> Outcome:
     """The outcome of a query that is answered freely."""
-    return _outcome(questions, episode, prompt, text, answer=text)
+    keep = questions.task.generate.keep if questions.task.generate is not None else ""
+    kept = KEEPS[keep](text).strip()
+    return _outcome(questions, episode, prompt, kept, answer=kept, generated=None if kept == text else text)
 
 
 def _outcome(questions: Questions, episode: Episode, prompt: Prompt, prediction: Any, **answer: Any) -> Outcome:

@@ -6,12 +6,15 @@ import hashlib
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from flamingo.document import Image, Medium, Video
 from flamingo.errors import FlamingoError
+from flamingo.images import decode
 from icl_eval.datasets import DataSet, Example, load_dataset
+from icl_eval.datasets.reading import png
 from icl_eval.tasks import Task
 
 ROOT = "FLAMINGO_EVAL_DATA"
@@ -55,8 +58,8 @@ class Pool:
         return tuple(found)
 
     def name(self, index: int) -> str:
-        """Id of a medium, unique over all data sets."""
-        return f"{self.task.dataset}/{self._names[index]}"
+        """Id of a medium, unique over all data sets and what tasks make of them."""
+        return f"{self.task.dataset}{' inverted' if self.task.inverted else ''}/{self._names[index]}"
 
     def media(self, indices: Sequence[int]) -> list[Medium]:
         """The media at some numbers.
@@ -71,6 +74,8 @@ class Pool:
             self._kept.move_to_end(index)
             return self._kept[index]
         medium = self.dataset.medium(self._names[index])
+        if self.task.inverted:
+            medium = _inverted(medium)
         self._kept[index] = medium
         self._kept_bytes += _size(medium)
         while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
@@ -191,6 +196,17 @@ def _check_classes(task: Task, pool: Pool) -> None:
             f"{task.file}: names: fixed, but {len(nameless)} classes in split {task.split!r} of {task.dataset} have "
             f"no names (first: class {nameless[0]}), and without names there is nothing to ask at 0 shots"
         )
+
+
+def _inverted(medium: Medium) -> Medium:
+    """With light and dark exchanged, as PNGs."""
+    if isinstance(medium, Video):
+        return replace(medium, frames=tuple(_inverted_image(frame) for frame in medium.frames))
+    return _inverted_image(medium)
+
+
+def _inverted_image(image: Image) -> Image:
+    return Image(png(255 - decode(image, 3).permute(1, 2, 0).numpy()), image.name)
 
 
 def _frames(medium: Medium) -> tuple[Image, ...]:

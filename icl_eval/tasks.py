@@ -14,6 +14,7 @@ import yaml
 from flamingo.errors import FlamingoError
 from icl_eval.datasets import load_dataset
 from icl_eval.metrics import METRICS
+from icl_eval.metrics.kept import KEEPS
 
 FOLDER = Path(__file__).parent / "tasks"
 IMAGE = "<image>"
@@ -32,10 +33,19 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Generation:
-    """How free answers are decoded: greedily, or by beams; up to `<|endofchunk|>`."""
+    """How free answers are decoded, up to `<|endofchunk|>`, and what of them counts.
+
+    Attributes:
+        max_new_tokens: at most.
+        beams: 1: greedily.
+        length_penalty: of beams, see `icl_eval.engine.Engine.generate`; OpenFlamingo's evaluation has 0.
+        keep: what counts of an answer, a key of `icl_eval.metrics.kept.KEEPS`; "": all of it.
+    """
 
     max_new_tokens: int
     beams: int = 1
+    length_penalty: float = 1.0
+    keep: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Task:
         template: one chunk, demonstration and query alike: `<image>` where each medium stands, `{question}`,
             `{answer}` (of a demonstration its first one) or `{label}`, and other fields of the example. All media of an
             example stand in the place of a single `<image>`.
+        inverted: whether light and dark of all pictures are exchanged.
         shots: demonstrations before a query, each value a cell of the result; of fast binding: of each way.
         support: split of the demonstrations; empty: that of the queries.
         separator: white space between chunks.
@@ -82,6 +93,7 @@ class Task:
     template: str
     shots: tuple[int, ...]
     support: str = ""
+    inverted: bool = False
     separator: str = ""
     mode: str = "rank"
     generate: Generation | None = None
@@ -210,6 +222,8 @@ def _faults(task: Task) -> list[tuple[str, str, str]]:
         ("generate", generates == (task.generate is not None),
          "max_new_tokens and beams" if generates else "nothing where candidates are ranked"),
         ("generate", decoding.max_new_tokens >= 1 and decoding.beams >= 1, "positive numbers"),
+        ("generate", decoding.length_penalty is not None, "a number as length_penalty"),
+        ("generate", decoding.keep in KEEPS, f"keep: one of {', '.join(filter(None, KEEPS))}"),
         ("metric", not generates or takes == "text", "a metric of texts where answers are generated"),
         ("ways", task.ways == 0 or task.ways >= 2, "at least 2"),
         ("ways", not (binding and generates), "none where answers are generated"),
@@ -232,15 +246,18 @@ def _typed(key: str, value: Any, kind: str, file: str) -> Any:
     elif kind == "Generation | None":
         if value is None:
             return None
-        names = [field.name for field in fields(Generation)]
-        if isinstance(value, Mapping) and "max_new_tokens" in value and not set(value) - set(names):
-            return Generation(**{name: _typed(f"{key}.{name}", each, "int", file) for name, each in value.items()})
+        kinds = {"max_new_tokens": "int", "beams": "int", "length_penalty": "float | None", "keep": "str"}
+        if isinstance(value, Mapping) and "max_new_tokens" in value and not set(value) - set(kinds):
+            return Generation(
+                **{name: _typed(f"{key}.{name}", each, kinds[name], file) for name, each in value.items()}
+            )
     elif type(value).__name__ == kind:
         return value
     expected = {
         "tuple[int, ...]": "a list of integers",
         "str": "text",
         "int": "an integer",
+        "bool": "true or false",
         "float | None": "a number",
         "Generation | None": "max_new_tokens and beams",
     }

@@ -345,7 +345,7 @@ def _is_image(name: str) -> bool:
 
 
 def png(levels: np.ndarray) -> bytes:
-    """Grey levels uint8 (H, W) as a PNG file."""
+    """Levels uint8 (H, W) or (H, W, 3) as a PNG file."""
     buffer = io.BytesIO()
     PilImage.fromarray(levels).save(buffer, "PNG")
     return buffer.getvalue()

@@ -178,11 +178,6 @@ def meteor(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
 # -- the metric --------------------------------------------------------------------------------------------------------
 
 
-def first_caption(text: str) -> str:
-    """What OpenFlamingo's evaluation keeps of a generated caption: what precedes a next "Output"."""
-    return text.split("Output", 1)[0]
-
-
 def prepare_captions(
     predictions: Sequence[str],
     targets: Sequence[Sequence[str]],

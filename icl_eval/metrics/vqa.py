@@ -100,11 +100,6 @@ def _accuracy(prediction: str, answers: Sequence[str], unanimous: str) -> float:
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / len(matches)
 
 
-def short_answer(text: str) -> str:
-    """What OpenFlamingo's evaluation keeps of a generated answer: up to a next question or the first comma."""
-    return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]
-
-
 def ok_vqa_accuracy(prediction: str, answers: Sequence[tuple[str, str]]) -> float:
     """OK-VQA's accuracy of one question (Marino et al. 2019, arXiv 1906.00067, annotations 1.1).
 

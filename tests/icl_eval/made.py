@@ -46,7 +46,7 @@ class Stub:
             progress(sum(len(ladder.queries) for ladder in ladders))
         return [[-np.arange(len(query.answers), dtype=float) for query in ladder.queries] for ladder in ladders]
 
-    def generate(self, library, ladders, *, max_new_tokens, beams=1, progress=None):
+    def generate(self, library, ladders, *, max_new_tokens, beams=1, length_penalty=1.0, progress=None):
         self.asked.append(len(ladders))
         return [[str(query.after) for query in ladder.queries] for ladder in ladders]
 

@@ -169,3 +169,20 @@ def test_an_ensemble_is_the_mean_over_orders(monkeypatch):
         assert len(set(model.orders)) == len(model.orders) == min(count, (1, 2, 6)[shots - 1])
         assert "".join(outcome.labels) in model.orders
         assert outcome.scores[0] == pytest.approx(np.mean([float(order) for order in model.orders]))
+
+
+def test_what_counts_of_an_answer_is_cut_as_the_task_says(monkeypatch):
+    """A cut that nothing applies, or that loses what the model said."""
+
+    class Talking(Stub):
+        def generate(self, library, ladders, *, length_penalty, **_):
+            assert length_penalty == 0
+            return [["red, I thinkQuestion: what" for _ in ladder.queries] for ladder in ladders]
+
+    queries = [Example(f"q{number}", (), "?", ("red",) * 10) for number in range(3)]
+    monkeypatch.setattr("icl_eval.sources.load_dataset", lambda name, root: Made((), queries))
+    settings = {"mode": "generate", "generate": Generation(4, 3, 0.0, "short_answer"), "metric": "vqa_accuracy"}
+    task = Task("t", 1, "made", "test", "<image>{question}{answer}", (0,), file="f", **settings)
+    (cell,) = evaluate_answerer(Talking(), [task]).cells
+    assert cell.value == 1.0 and cell.outcomes[0].prediction == "red"
+    assert cell.outcomes[0].answer == "red" and cell.outcomes[0].generated == "red, I thinkQuestion: what"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from flamingo.document import Image, Medium
+from flamingo.document import Image, Medium, Video
 from flamingo.errors import FlamingoError
 from icl_eval.datasets import load_dataset
 from icl_eval.datasets.checking import problems
+from icl_eval.sources import load_pool
+from icl_eval.tasks import load_task
 from tests.icl_eval.datasets.published import picture, write_json
 
 
@@ -234,3 +237,30 @@ def test_another_sprite_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "fashion" / "fashion-mnist-sprite.png")
     with pytest.raises(FlamingoError, match=r"\(4, 4\), expected 10 × 3 rows of pictures of 28 × 28"):
         load_dataset("fashion", tmp_path).examples("all")
+
+
+def test_light_and_dark_are_exchanged_where_a_task_says_so(tmp_path: Path) -> None:
+    """Pictures shown as they are under a task that exchanges their ground, or one task's taken for the other's."""
+    drawings = np.zeros((5, 20, 8, 9), bool)
+    drawings[0, 0, 2:4, 3] = True
+    (tmp_path / "omniglot").mkdir()
+    np.savez_compressed(tmp_path / "omniglot" / "images_background.npz", images=drawings)
+    task = load_task("omniglot_5way")
+    assert task.inverted
+    plain, inverted = (load_pool(replace(task, inverted=each), tmp_path) for each in (False, True))
+    found = [pixels(pool.media(pool.indices(pool.queries[0]))[0]) for pool in (plain, inverted)]
+    assert np.array_equal(found[0], drawings[0, 0] * np.uint8(255)) and np.array_equal(found[1], 255 - found[0])
+    assert plain.name(0) != inverted.name(0)
+
+
+def test_frames_of_videos_are_exchanged_too(tmp_path: Path) -> None:
+    """A video under a task of exchanged pictures that is shown as it is."""
+    (tmp_path / "mine").mkdir()
+    frames = [PilImage.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 100)]
+    frames[0].save(tmp_path / "mine" / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    (tmp_path / "mine" / "test.jsonl").write_text('{"video": "clip.webp", "answer": "a"}\n')
+    task = replace(load_task("omniglot_5way"), dataset="mine", split="test", support="test", ways=0)
+    (video,) = (pool := load_pool(task, tmp_path)).media(pool.indices(pool.queries[0]))
+    assert isinstance(video, Video)
+    shown = [np.asarray(PilImage.open(io.BytesIO(frame.data)))[0, 0].tolist() for frame in video.frames]
+    assert shown == [[255, 255, 255], [155, 255, 255]]

@@ -81,6 +81,7 @@ def test_prompts_and_decoding_are_the_published_ones(name: str, template: str, t
     """A prompt or a length under which scores cannot be compared with OpenFlamingo's or Otter's."""
     task = load(f"{name}.yaml")
     assert task["template"] == template
-    assert task["generate"] == {"max_new_tokens": tokens, "beams": 3}
+    keep = "first_caption" if task["metric"] == "cider" else "short_answer"
+    assert task["generate"] == {"max_new_tokens": tokens, "beams": 3, "length_penalty": 0, "keep": keep}
     assert task["separator"] == ("" if name.endswith("otter") else "\n")
     assert task["zero_shot"] == "text_only"
