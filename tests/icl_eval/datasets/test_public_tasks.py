@@ -18,7 +18,7 @@ FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in tasks.
 TASKS = [path.stem for path in FILES if not path.stem.startswith("_")]
 KEYS = set(
     "name version dataset split support template separator mode shots demonstrations ensemble zero_shot normalise "
-    "metric generate queries seed ways names within".split()
+    "metric generate inverted queries seed ways names within".split()
 )
 FIELDS = {"hateful_memes": {"text"}, "scienceqa": {"choices"}}
 TAKES = {"generate": {"text"}, "rank": {"index", "ranking", "score"}}
