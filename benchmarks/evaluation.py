@@ -280,8 +280,9 @@ def demonstrations(sides: dict[str, Worker], figures: dict[str, float | str], qu
     for shots, shared in product((0, 2, 4) if quick else (0, 8, 32), (False, True)):
         if shared and not shots:
             continue
-        # What open_flamingo does for a query does not depend on how many there are, but for the rows of its passes.
-        asked = {"ours": 32 if shared else 16, "open_flamingo": 2 if shots > 8 else 4}
+        # What open_flamingo does for a query does not depend on how many there are, but for the rows of its passes; of
+        # ours, what demonstrations cost once is shared out, and real evaluations have thousands of queries.
+        asked = {"ours": 128 if shared else 16, "open_flamingo": 2 if shots > 8 else 4}
         cases = {name: Case(2 if quick else queries, shots, shared, CANDIDATES) for name, queries in asked.items()}
         runs: dict[str, list[Any]] = {name: [] for name in sides}
         for _ in range(1 if shots > 8 else rounds):
