@@ -134,7 +134,7 @@ def evaluate_answerer(
             killed goes on where it stopped. Without it all answers are kept in memory, and nothing is written.
         facts: further facts of the results; they, such as the model's hash, and hashes of the tasks' examples are part
             of what tells one evaluation from another, whose answers or results in `out` are refused.
-        similarity: makes what `demonstrations: rices` goes by.
+        similarity: makes what `demonstrations: rices` goes by; default: features of the tower that the task names.
         closed: for the control `gates_at_zero`.
         window: queries that are drawn, asked and written at a time: what is held in memory.
         decimals: of scores that are kept.
@@ -179,8 +179,8 @@ def evaluate_answerer(
     run = _Run(made, ledger, closed, window, decimals, progress)
     for name, each in questions.items():
         start = time.perf_counter()
-        if each.task.demonstrations == "rices" and similarity is not None:
-            each.draws.similarity = similarity(each.pool)
+        if each.task.demonstrations == "rices":
+            each.draws.similarity = Features(None, None, each.pool) if similarity is None else similarity(each.pool)
         run.ask(each, keys[name])
         outcomes = ledger.collect(name, keys[name])
         results.cells += [_cell(each, key, outcomes[key]) for key in keys[name]]

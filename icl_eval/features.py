@@ -50,25 +50,36 @@ class Features:
     """Similarity of the examples of a pool (`icl_eval.demonstrations.Similarity`); every rank makes one.
 
     Args:
-        model: whose vision tower is looked through, unless the task names another; `processor`: the model's.
+        model: whose vision tower is looked through, unless the task names another; `processor`: the model's. None: a
+            model of somebody else's is evaluated, and the task names a tower.
         pool: of whose support all media are encoded, unless an earlier run has kept their features.
         cache: folder to keep them in, which all ranks see; default: `cache_folder()`.
+        device: of a tower that the task names; default: the model's.
 
     Raises:
-        FlamingoError: a medium, the other tower, or features that were kept cannot be read, or not be written.
+        FlamingoError: no tower is named and there is no model; a medium, the other tower, or features that were kept
+            cannot be read, or not be written.
     """
 
     def __init__(
         self,
-        model: FlamingoForConditionalGeneration,
-        processor: FlamingoProcessor,
+        model: FlamingoForConditionalGeneration | None,
+        processor: FlamingoProcessor | None,
         pool: Pool,
         cache: str | Path | None = None,
+        device: str | torch.device | None = None,
     ):
-        self.pool, self.tower, image_processor = pool, model.vision_tower, processor.image_processor
+        self.pool = pool
         if pool.task.features:
             tower, image_processor = load_vision(pool.task.features)
-            self.tower = tower.eval().to(model.device)
+            self.tower = tower.eval().to(device or (model.device if model is not None else "cpu"))
+        elif model is not None and processor is not None:
+            self.tower, image_processor = model.vision_tower, processor.image_processor
+        else:
+            raise FlamingoError(
+                f"{pool.task.file}: features: none, expected the vision tower that media are compared by: this model "
+                "has none of its own"
+            )
         self.settings = PixelSettings.of(image_processor, int(getattr(self.tower.config, "num_channels", 3)))
         # A copy: building a composite configuration clears the attention kernels of its parts.
         self.width = FlamingoConfig(copy.deepcopy(self.tower.config)).vision_width

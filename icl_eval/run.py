@@ -28,6 +28,7 @@ from flamingo.files import read_object, sha256
 from icl_eval import board, compare, listing
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
 from icl_eval.evaluation import evaluate, evaluate_answerer, prepared
+from icl_eval.features import Features
 from icl_eval.ledger import discard, rank_and_ranks
 from icl_eval.report import write_report
 from icl_eval.results import Cell, Results
@@ -35,6 +36,7 @@ from icl_eval.saved import RESULTS
 from icl_eval.seeds import folder_of, write_seeds
 from icl_eval.seeds import table as across_seeds
 from icl_eval.show import write_prompts
+from icl_eval.sources import Pool
 from icl_eval.tasks import Task, available, load_task, needing_no_files
 from icl_eval.weights_and_biases import record
 
@@ -317,10 +319,13 @@ def _scoring(options: Options) -> Callable[..., Results]:
     if (options.controls or options.diagnostics) and rank_and_ranks()[0] == 0:
         print("gates_at_zero is left out of the controls: this model has no gates", file=sys.stderr)
 
+    def similarity(pool: Pool) -> Features:
+        return Features(None, None, pool, options.cache or None, device)
+
     def scored(tasks: Sequence[Task], *, controls: Sequence[str], **how: Any) -> Results:
         controls = [name for name in controls if name != "gates_at_zero"]
         # It answers one query at a time: nothing is gained by asking more, and less is lost when it is killed.
-        return evaluate_answerer(peer, tasks, controls=controls, window=1, **how)
+        return evaluate_answerer(peer, tasks, controls=controls, similarity=similarity, window=1, **how)
 
     return scored
 

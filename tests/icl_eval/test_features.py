@@ -14,10 +14,11 @@ from flamingo.backbones import load_vision
 from flamingo.document import Video
 from flamingo.modeling import patch_tokens
 from icl_eval.datasets import Example
+from icl_eval.evaluation import evaluate_answerer
 from icl_eval.features import Features, tower_hash
 from icl_eval.sources import Pool
-from icl_eval.tasks import Task
-from tests.icl_eval.made import Made
+from icl_eval.tasks import Generation, Task
+from tests.icl_eval.made import Made, Stub
 from tests.tiny import picture, save_backbones, tiny_flamingo
 
 TASK = Task("made", 1, "made", "test", "<image>{answer}", (2,), support="train", mode="generate", file="f")
@@ -154,3 +155,23 @@ def test_a_query_is_no_example_of_the_support_with_its_id(pair, tmp_path):
     """Numbers that both splits begin from 1 with, where a query is ranked by another example's picture."""
     pool = Pool(TASK, Pictures([example("1", 3), example("2", 7)], [example("1", 7)]))
     assert next(Features(*pair, pool, tmp_path).ranking(pool.queries[0])) == 1
+
+
+def test_models_of_others_get_similar_demonstrations_by_a_tower_that_is_named(tmp_path, monkeypatch):
+    """A task of similar demonstrations that other models cannot be compared on."""
+    folder, _ = save_backbones(tmp_path / "other")
+    support, queries = [example(str(content), content) for content in range(6)], [example("near", 3), example("far", 9)]
+    monkeypatch.setattr("icl_eval.sources.load_dataset", lambda name, root: Pictures(support, queries))
+    monkeypatch.setenv("FLAMINGO_CACHE", str(tmp_path / "cache"))
+    task = dataclasses.replace(TASK, features=str(folder), generate=Generation(4), metric="exact_match")
+    task = dataclasses.replace(task, demonstrations="rices")
+    (cell,) = evaluate_answerer(Stub(), [task]).cells
+    features = Features(None, None, Pool(task, Pictures(support, queries)))
+    for outcome in cell.outcomes:
+        query = next(each for each in queries if each.id == outcome.query)
+        ranking = [support[place].id for place in features.ranking(query)]
+        if query.id == "near":
+            assert ranking.pop(0) == "3"  # the query's own picture
+        assert list(outcome.demonstrations) == ranking[:2][::-1]
+    with pytest.raises(FlamingoError, match="f: features: none, expected the vision tower"):
+        evaluate_answerer(Stub(), [dataclasses.replace(task, features="")])
