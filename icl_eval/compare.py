@@ -20,6 +20,7 @@ import numpy as np
 
 from flamingo.errors import FlamingoError
 from flamingo.files import write_text
+from icl_eval.ledger import written
 from icl_eval.metrics import METRICS
 from icl_eval.metrics.bootstrap import LEVEL, RESAMPLES, percentiles, resampled
 from icl_eval.metrics.metric import Metric, Prepared
@@ -445,4 +446,5 @@ def main(words: Sequence[str]) -> None:
     )
     get_console().print(found.table())
     if options.json is not None:
-        write_text(Path(options.json), json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        with written(Path(options.json)):
+            write_text(Path(options.json), json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n")

@@ -222,9 +222,18 @@ def test_what_answers_share_is_read_once(tmp_path):
     assert (engine.label_tokens, engine.label_tokens_read) == (15, 6)  # b, a, d, and o, u, a
 
 
-def test_an_lm_that_does_not_heed_masks_is_noticed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, trees", [("llama", True), ("opt", True), ("gpt_neo", False)])
+def test_trees_are_read_in_half_precision_too(family, trees, tmp_path):
+    """Rounding taken for siblings that are seen, so that real models read candidates one by one; or the reverse."""
+    model, processor = lively_flamingo(tmp_path, family)
+    assert Engine(model.bfloat16(), processor).reads_trees == trees
+
+
+@pytest.mark.parametrize("precision", ["float", "bfloat16"])
+def test_an_lm_that_does_not_heed_masks_is_noticed(precision, tmp_path, monkeypatch):
     """Siblings that see one another: quietly wrong scores."""
     model, processor = lively_flamingo(tmp_path, "llama")
+    model = getattr(model, precision)()
     expected = Engine(model, processor).rank(Drawer(), ladders())
     forward = model.language_model.forward
 
@@ -239,4 +248,4 @@ def test_an_lm_that_does_not_heed_masks_is_noticed(tmp_path, monkeypatch):
     assert not engine.reads_trees
     for ours, theirs in zip(engine.rank(Drawer(), ladders()), expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
+            np.testing.assert_allclose(one, other, atol=1e-5 if precision == "float" else 0.5, rtol=0)
