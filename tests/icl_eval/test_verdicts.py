@@ -129,7 +129,7 @@ def outcome(answer, right, labels=(), scores=(0.0,), target=0):
 def cell(predictions, targets, control=None, *, metric="accuracy", shots=4, group=str, zero_shot=None, **fields):
     """A cell of so many queries, each about the picture that `group` gives for its number."""
     outcomes = [
-        Outcome(f"q{n}", f"q{n}", (), ("x", "y"), "", prediction, target, "x", "x", group(n), **fields)
+        Outcome(f"q{n}", f"q{n}", (), ("x", "y"), "", prediction, target, "x", "x", group=group(n), **fields)
         for n, (prediction, target) in enumerate(zip(predictions, targets, strict=True))
     ]
     return Cell("t", shots, control, METRICS[metric].score(predictions, targets), 0, outcomes, zero_shot)
