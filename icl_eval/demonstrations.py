@@ -132,6 +132,11 @@ class Draws:
             self._target(query, self._candidates(query))
 
     @property
+    def by_similarity(self) -> bool:
+        """Whether `similarity` is needed: not where nothing is shown, since it looks at the whole support."""
+        return self.task.demonstrations == "rices" and self.needed > 0
+
+    @property
     def count(self) -> int:
         """How many queries there are."""
         return self.task.queries if self._chosen is None else len(self._chosen)

@@ -179,7 +179,7 @@ def evaluate_answerer(
     run = _Run(made, ledger, closed, window, decimals, progress)
     for name, each in questions.items():
         start = time.perf_counter()
-        if each.task.demonstrations == "rices":
+        if each.draws.by_similarity:
             each.draws.similarity = Features(None, None, each.pool) if similarity is None else similarity(each.pool)
         run.ask(each, keys[name])
         outcomes = ledger.collect(name, keys[name])
@@ -255,8 +255,9 @@ def _facts_of(
     """Facts that tell a model from all others: its weights, unless these are told, and what else scores hang on."""
     how = [model.config.to_json_string(), processor.image_processor.to_json_string()]
     hashed = hashlib.sha256(json.dumps([*how, sorted(processor.tokenizer.get_vocab().items())]).encode()).hexdigest()
-    known = {"processing": hashed, **facts}
-    return known if "model" in facts else {"model": {"sha256": {"in memory": tower_hash(model, processor)}}, **known}
+    if "model" not in facts:
+        facts = {"model": {"sha256": {"in memory": tower_hash(model, processor.image_processor)}}, **facts}
+    return {"processing": hashed, **facts}
 
 
 def _hash_of_examples(pool: Pool) -> str:

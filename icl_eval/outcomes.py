@@ -13,7 +13,6 @@ from icl_eval.datasets.vqa import raw_and_stemmed
 from icl_eval.demonstrations import Episode
 from icl_eval.engine import TIE
 from icl_eval.metrics import METRICS
-from icl_eval.metrics.kept import KEEPS
 from icl_eval.prompts import Prompt, fingerprint
 from icl_eval.questions import Questions
 from icl_eval.tasks import Task
@@ -126,8 +125,8 @@ def ranked(
 
 def generated(questions: Questions, episode: Episode, prompt: Prompt, text: str) -> Outcome:
     """The outcome of a query that is answered freely."""
-    keep = questions.task.generate.keep if questions.task.generate is not None else ""
-    kept = KEEPS[keep](text).strip()
+    decoding = questions.task.generate
+    kept = text if decoding is None else decoding.kept(text)
     return _outcome(questions, episode, prompt, kept, answer=kept, generated=None if kept == text else text)
 
 

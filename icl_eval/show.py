@@ -9,7 +9,6 @@ from pathlib import Path
 from data_shards.page import write_page
 from flamingo.modeling import FlamingoForConditionalGeneration
 from flamingo.processing import FlamingoProcessor
-from icl_eval.demonstrations import Similarity
 from icl_eval.features import Features
 from icl_eval.ledger import written
 from icl_eval.prompts import Prompt, prompt_document
@@ -46,11 +45,10 @@ def write_prompts(
         FlamingoError: the task's data are missing or do not fit it.
     """
     pool = load_pool(task, data)
-    similarity: Similarity | None = None
-    if task.demonstrations == "rices":
-        similarity = Features(model, processor, pool, cache)
     keys = cell_keys(task, controls)
-    questions = Questions(task, pool, keys, similarity)
+    questions = Questions(task, pool, keys)
+    if questions.draws.by_similarity:
+        questions.draws.similarity = Features(model, processor, pool, cache)
     folder = Path(out) / FOLDER
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)

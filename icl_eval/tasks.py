@@ -47,6 +47,10 @@ class Generation:
     length_penalty: float = 1.0
     keep: str = ""
 
+    def kept(self, text: str) -> str:
+        """What counts of an answer, without spaces around it."""
+        return KEEPS[self.keep](text).strip()
+
 
 @dataclass(frozen=True)
 class Task:

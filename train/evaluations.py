@@ -85,7 +85,7 @@ class Evaluations:
     def _look_for_similar(self) -> None:
         """Give tasks that go by similarity what they go by; the evaluation before has left it on disk."""
         for questions in self.questions.values():
-            if questions.task.demonstrations == "rices":
+            if questions.draws.by_similarity:
                 questions.draws.similarity = Features(self.state.model, self.processor, questions.pool)
 
     def _generations(self) -> list[Generation]:
@@ -103,7 +103,11 @@ class Evaluations:
         how = task.generate or Decoding(longest + SPARE_TOKENS)
         engine = Engine(self.state.model, self.processor, batch_size=self.recipe.evaluation.batch)
         answers = engine.generate(
-            questions.pool, [each.ladder for each in asked], max_new_tokens=how.max_new_tokens, beams=how.beams
+            questions.pool,
+            [each.ladder for each in asked],
+            max_new_tokens=how.max_new_tokens,
+            beams=how.beams,
+            length_penalty=how.length_penalty,
         )
         return [
             Generation(
@@ -115,7 +119,7 @@ class Evaluations:
                 picture=in_a_row([image.data for image in each.pictures]) or PilImage.new("RGB", (1, 1), "white"),
                 answer=each.right[0] if each.right else "",
                 generated=answer,
-                right=answer in each.right,
+                right=how.kept(answer) in each.right,
             )
             for each, (answer,) in zip(asked, answers, strict=True)
         ]

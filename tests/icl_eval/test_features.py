@@ -175,3 +175,14 @@ def test_models_of_others_get_similar_demonstrations_by_a_tower_that_is_named(tm
         assert list(outcome.demonstrations) == ranking[:2][::-1]
     with pytest.raises(FlamingoError, match="f: features: none, expected the vision tower"):
         evaluate_answerer(Stub(), [dataclasses.replace(task, features="")])
+
+
+@pytest.mark.parametrize("support", [[], [example("a", 3), example("b", 7)]])
+def test_where_nothing_is_shown_nothing_is_compared(support, monkeypatch):
+    """A million pictures of a support encoded for 0 shots, or a traceback where there is none."""
+    queries = [example("near", 3)]
+    monkeypatch.setattr("icl_eval.sources.load_dataset", lambda name, root: Pictures(support, queries))
+    task = dataclasses.replace(TASK, generate=Generation(4), metric="exact_match", demonstrations="rices", shots=(0,))
+    compared = []
+    evaluate_answerer(Stub(), [task], similarity=compared.append)
+    assert not compared

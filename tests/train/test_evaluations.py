@@ -18,6 +18,7 @@ from torch import nn
 
 from flamingo import FlamingoError
 from flamingo.document import Image
+from icl_eval.engine import Engine
 from icl_eval.evaluation import evaluate
 from icl_eval.examples import in_a_row, small
 from icl_eval.prompts import prompt_document
@@ -126,9 +127,22 @@ def test_answers_are_the_most_likely_text_up_to_its_end(folder: Path, evaluated:
 
 
 def test_a_split_with_fewer_queries_than_are_shown(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """A run that ends at its first evaluation, since a small data set has no fifth query, or a task is of any kind."""
+    """A run that ends at its first evaluation, since a small data set has no fifth query, or a task is of any kind.
+
+    Answers that are decoded, or count, otherwise than where the task is scored.
+    """
+    told = []
+
+    class Talking(Engine):
+        def generate(self, library: Any, ladders: Any, **how: Any) -> list[list[str]]:
+            told.append((how["beams"], how["length_penalty"]))
+            assert len(super().generate(library, ladders, **how)) == len(ladders)
+            return [["ba, I think"] for _ in ladders]
+
+    monkeypatch.setattr("train.evaluations.Engine", Talking)
     monkeypatch.setenv(ROOT, str(write_own(tmp_path, train=6, test=2)))
-    free = {"mode": "generate", "generate": {"max_new_tokens": 3}, "metric": "exact_match"}
+    decoding = {"max_new_tokens": 3, "beams": 2, "length_penalty": 0, "keep": "short_answer"}
+    free = {"mode": "generate", "generate": decoding, "metric": "exact_match"}
     monkeypatch.setenv("FLAMINGO_CACHE", str(tmp_path / "cache"))
     kinds = (
         ("ranked", {"zero_shot": "honest"}),
@@ -138,7 +152,11 @@ def test_a_split_with_fewer_queries_than_are_shown(folder: Path, tmp_path: Path,
     tasks = [str(write_task(tmp_path, name, **keys)) for name, keys in kinds]
     evaluation = EvaluationRecipe(**{**vars(EVALUATION), "tasks": tasks, "every": STEPS, "generations": 5, "split": ""})
     out = run(folder, tmp_path / "out", Processes(), evaluation)
-    assert [row["task"] for row in read_rows(out / GENERATIONS_FILE)] == [name for name, _ in kinds for _ in range(2)]
+    rows = read_rows(out / GENERATIONS_FILE)
+    assert [row["task"] for row in rows] == [name for name, _ in kinds for _ in range(2)]
+    assert told == [(1, 1), (1, 1), (2, 0)]
+    assert {row["generated"] for row in rows} == {"ba, I think"} and rows[4]["answer"] == "ba"
+    assert [row["right"] for row in rows] == [False] * 4 + [row["answer"] == "ba" for row in rows[4:]]
 
 
 class Restless(nn.Module):
