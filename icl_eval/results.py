@@ -131,7 +131,7 @@ def _cell_as_dict(cell: Cell) -> dict[str, Any]:
 
 def _outcome_as_dict(outcome: Outcome) -> dict[str, Any]:
     """Without what it does not have; JSON knows no −inf."""
-    left_out = {"group"} if outcome.group is None else set()
+    left_out = {name for name in ("group", "generated") if getattr(outcome, name) is None}
     if not outcome.candidates:
         left_out |= {"candidates", "scores", "tied"}
     scores = [score if math.isfinite(score) else None for score in outcome.scores]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_an_ensemble_is_the_mean_over_orders(monkeypatch):
         assert outcome.scores[0] == pytest.approx(np.mean([float(order) for order in model.orders]))
 
 
-def test_what_counts_of_an_answer_is_cut_as_the_task_says(monkeypatch):
+def test_what_counts_of_an_answer_is_cut_as_the_task_says(monkeypatch, tmp_path):
     """A cut that nothing applies, or that loses what the model said."""
 
     class Talking(Stub):
@@ -186,3 +187,9 @@ def test_what_counts_of_an_answer_is_cut_as_the_task_says(monkeypatch):
     (cell,) = evaluate_answerer(Talking(), [task]).cells
     assert cell.value == 1.0 and cell.outcomes[0].prediction == "red"
     assert cell.outcomes[0].answer == "red" and cell.outcomes[0].generated == "red, I thinkQuestion: what"
+    evaluate_answerer(Talking(), [task], out=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert {line["generated"] for line in lines} == {"red, I thinkQuestion: what"}
+    whole = replace(task, generate=Generation(4, 3, 0.0))
+    evaluate_answerer(Talking(), [whole], out=tmp_path / "whole")
+    assert "generated" not in (tmp_path / "whole" / "predictions.jsonl").read_text(), "where it is the answer"
