@@ -27,7 +27,7 @@ from flamingo.images import PixelSettings, media_pixels
 from flamingo.modeling import FlamingoForConditionalGeneration, patch_tokens
 from flamingo.processing import FlamingoProcessor
 from icl_eval.datasets import Example
-from icl_eval.ledger import is_distributed, rank_and_ranks, wait
+from icl_eval.ledger import exchanged, is_distributed, rank_and_ranks, wait
 from icl_eval.sources import Pool
 
 BLOCK = 64
@@ -137,11 +137,7 @@ class Features:
         rank, ranks = rank_and_ranks()
         blocks = [examples[start : start + BLOCK] for start in range(0, len(examples), BLOCK)]
         own = {number: self._encoded(blocks[number]) for number in range(rank, len(blocks), ranks)}
-        shares = [own]
-        if is_distributed():
-            shares = [{} for _ in range(ranks)]
-            distributed.all_gather_object(shares, own)
-        found = {number: block for share in shares for number, block in share.items()}
+        found = {number: block for share in exchanged(own) for number, block in share.items()}
         return np.concatenate([found[number] for number in range(len(blocks))])
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@
 figures with 95 % intervals and says how they came about. "captions" is "cider" and METEOR, for which it runs Java.
 
 Reading order: bootstrap.py, metric.py, paired.py, classification.py, tokenizer.py, captions.py, stems.py, vqa.py,
-hallucination.py.
+hallucination.py, kept.py.
 """
 
 from icl_eval.metrics.bootstrap import bootstrap_interval, over_seeds
