@@ -491,33 +491,32 @@ class Engine:
                     "expected fewer shots"
                 )
 
-    def check_tokens(self, ladder: Ladder, encoded: Encoded) -> None:
+    def check_tokens(self, ladder: Ladder) -> None:
         """Refuse a tokenizer that reads chunks differently alone and in a row.
 
         Only what stands on both sides of a border can make a difference, so each kind of border is tried once.
 
         Raises:
-            FlamingoError: it names the ladder and the first token that differs.
+            FlamingoError: it names the ladder and the chunk that is read differently.
         """
-        for query, asked in zip(ladder.queries, encoded.queries, strict=True):
-            shown = ladder.demonstrations[: query.after]
-            borders = {_border(before, after) for before, after in pairwise((*shown, query.chunk))}
-            if borders <= self.tried:
+        borders = {_border(*pair): pair for pair in pairwise(ladder.demonstrations)}
+        for query in ladder.queries:
+            if query.after:
+                pair = ladder.demonstrations[query.after - 1], query.chunk
+                borders[_border(*pair)] = pair
+        for border, (before, after) in borders.items():
+            if border in self.tried:
                 continue
-            segments = [part for chunk in shown for part in chunk.segments([Image(b"")] * len(chunk.media), "")]
-            answer = query.answers[0] if query.answers else None
-            segments += query.chunk.segments([Image(b"")] * len(query.chunk.media), answer)
+            segments = [
+                part for chunk in (before, after) for part in chunk.segments([Image(b"")] * len(chunk.media), "")
+            ]
             whole = self.processor.encode(Document(tuple(segments), complete=False)).input_ids
-            joined = [token for piece in (*encoded.pieces[: asked.after], asked.piece) for token in piece.ids]
-            joined += asked.answers[0] if asked.answers else ()
-            if whole != joined:
-                place = next((i for i, pair in enumerate(zip(whole, joined, strict=False)) if pair[0] != pair[1]), -1)
-                raise FlamingoError(
-                    f"{ladder.key}: the tokenizer reads a chunk differently alone and in a row (first at token {place})"
-                )
+            if tuple(whole) != self.opening + self.tokens(before, "") + self.tokens(after, ""):
+                text = after.text or "<image>"
+                raise FlamingoError(f"{ladder.key}: the tokenizer reads {text!r:.80} differently alone and in a row")
             if len(self.tried) >= KNOWN_CHUNKS:
                 self.tried.clear()
-            self.tried |= borders
+            self.tried.add(border)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -615,7 +614,7 @@ class Engine:
         """
         encoded = [self.encode(ladder, number) for number, ladder in enumerate(ladders)]
         for ladder, each in zip(ladders, encoded, strict=True):
-            self.check_tokens(ladder, each)
+            self.check_tokens(ladder)
             self.check_room(ladder, each, new)
         for window in self._windows(encoded):
             self.store.require(library, {index for each in window for index in each.media})
