@@ -164,7 +164,7 @@ def _first_of_each(cell: Cell, count: int) -> dict[bool, list[tuple[int, Outcome
     """The first queries that were answered well, and those that were not, as many of each as may be needed."""
     values = cell.score.per_item
     # Captions have no right and wrong, and a weak model may have no whole value: what is above the mean counts as good.
-    enough = 1.0 if values is None or values.max() == 1 else float(values.mean())
+    enough = 1.0 if values is None or values.max() in (0, 1) else float(values.mean())
     found: dict[bool, list[tuple[int, Outcome]]] = defaultdict(list)
     for place, outcome in enumerate(cell.outcomes):
         good = outcome.answer == outcome.right if values is None else bool(values[place] >= enough)

@@ -172,6 +172,12 @@ def test_examples_are_half_wrong_and_of_all_tasks(results):
     always = cell(CHOICES, 2, lambda number: "red")
     single = examples(replace(results, tasks={"which": CHOICES}, cells=[always]), 6)
     assert [each.is_right for each in single] == [False] * 5 + [True], "where one alone is right"
+    never = {
+        name: cell(replace(CHOICES, name=name), 2, lambda number: COLOURS[number - 1]) for name in ("never", "nor")
+    }
+    tasks = {"which": CHOICES} | {name: replace(CHOICES, name=name) for name in never}
+    mixed = examples(replace(results, tasks=tasks, cells=[*results.cells, *never.values()]), 4)
+    assert sum(each.is_right for each in mixed) == 2, "where two tasks have none"
     few = examples(results, 2)
     assert [(each.task, each.query_id) for each in few] == [("colours", "test/1"), ("colours", "test/0")]
 
