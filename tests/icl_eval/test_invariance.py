@@ -140,11 +140,10 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(saved, data, tasks, expect
     assert kept >= 3 and not (out / "results.json").exists()
     with part.open("a") as file:
         file.write('{"task":"ranked","number":')  # what a process that is killed while it writes leaves
-    before = part.stat().st_mtime_ns
     done = start(saved, data, tasks, tmp_path, out, kill=80)
     assert done.returncode == -signal.SIGKILL
     joined = (out / UNFINISHED / "before.jsonl").read_text().splitlines()
-    assert len(joined) == kept and before
+    assert len(joined) == kept
     # the rest by two processes
     done = start(saved, data, tasks, tmp_path, out, ranks=2)
     assert done.returncode == 0, done.stderr
