@@ -91,6 +91,7 @@ def write_page(
     *,
     processor: FlamingoProcessor | None = None,
     media_attention: str = "previous",
+    is_prompt: bool = False,
 ) -> Path:
     """Write a document as an HTML page to `path`, whose folder must exist.
 
@@ -102,6 +103,7 @@ def write_page(
         path: of the HTML file.
         processor: of a model; the page then has the document's tokens too, which of them count, and what each sees.
         media_attention: the model's, "previous" or "all".
+        is_prompt: whether it is read and not trained on, so that nothing is said of the loss.
 
     Raises:
         FlamingoError: where `media_attention` is neither.
@@ -110,13 +112,14 @@ def write_page(
     page = template(__file__, "document.html").render(
         key=document.key or "document without a key",
         source=document.source,
-        facts=_facts(document),
+        facts=_facts(document, is_prompt),
         metadata=list(_flat(document.metadata)),
         segments=list(_segments(document.segments)),
         tokens=tokens,
         tokens_fault=tokens_fault,
         counted=sum(token.counts for token in tokens),
         colours=COLOURS,
+        is_prompt=is_prompt,
     )
     path = Path(path)
     with whole(path) as unfinished:
@@ -124,14 +127,16 @@ def write_page(
     return path
 
 
-def _facts(document: Document) -> list[tuple[str, str]]:
+def _facts(document: Document, is_prompt: bool) -> list[tuple[str, str]]:
     texts = [segment for segment in document.segments if isinstance(segment, Text)]
-    supervised = sum(len(text.text) for text in texts if text.supervised)
+    characters = f"{sum(len(text.text) for text in texts):,}"
+    if not is_prompt:
+        characters += f", {sum(len(text.text) for text in texts if text.supervised):,} of them supervised"
     return [
         ("segments", f"{len(document.segments):,}"),
         ("media", f"{len(document.media):,}"),
-        ("characters", f"{sum(len(text.text) for text in texts):,}, {supervised:,} of them supervised"),
-        *([] if document.complete else [("complete", "no: its last chunk is open")]),
+        ("characters", characters),
+        *([] if document.complete or is_prompt else [("complete", "no: its last chunk is open")]),
     ]
 
 

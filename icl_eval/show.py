@@ -66,7 +66,7 @@ def write_prompts(
                     metadata=_about(questions, key, prompt, episode.target),
                 )
                 attention = model.config.media_attention
-                pages.append(write_page(document, path, processor=processor, media_attention=attention))
+                pages.append(write_page(document, path, processor=processor, media_attention=attention, is_prompt=True))
     return pages
 
 

@@ -201,7 +201,9 @@ def _checked(content: Mapping[str, tuple[Any, str]], file: str) -> Task:
     values = {key: _typed(key, value, str(known[key].type), place) for key, (value, place) in content.items()}
     task = Task(**values, file=file)
     for key, found, expected in _faults(task):
-        raise FlamingoError(f"{content[key][1] if key in content else file}: {key}: {found}, expected {expected}")
+        place = content[key][1] if key in content else file
+        where = file if place == file else f"{file}: of {place}, which it includes"
+        raise FlamingoError(f"{where}: {key}: {found}, expected {expected}")
     return task
 
 
@@ -224,7 +226,7 @@ def _faults(task: Task) -> list[tuple[str, str, str]]:
         ("ensemble", 1 <= task.ensemble <= (1 if generates else MOST_ORDERS),
          "1 where answers are generated" if generates else f"1 to {MOST_ORDERS}"),
         ("generate", generates == (task.generate is not None),
-         "max_new_tokens and beams" if generates else "nothing where candidates are ranked"),
+         "max_new_tokens and beams" if generates else "nothing (generate: null) where candidates are ranked"),
         ("generate", decoding.max_new_tokens >= 1 and decoding.beams >= 1, "positive numbers"),
         ("generate", decoding.length_penalty is not None, "a number as length_penalty"),
         ("generate", decoding.keep in KEEPS, f"keep: one of {', '.join(filter(None, KEEPS))}"),

@@ -71,6 +71,15 @@ def test_the_page_holds_everything_in_order(tmp_path: Path) -> None:
     assert "medium 2, video of 2 frames" in said
 
 
+def test_of_a_prompt_nothing_is_said_about_training(tmp_path: Path) -> None:
+    """Catches a reader of evaluation prompts who wonders which part of them is trained on."""
+    _, processor = tiny_flamingo(tmp_path)
+    segments = (Text("first"), Text("grey", supervised=False))
+    page, parsed = page_of(tmp_path, *segments, processor=processor, is_prompt=True)
+    assert ("text", "grey") in parsed.texts
+    assert "supervised" not in page and "loss" not in page
+
+
 def test_nothing_in_a_document_becomes_markup(tmp_path: Path) -> None:
     """Catches a web page's script or image link that would run, or be fetched, when a document is looked at."""
     evil = "</div><script>alert(1)</script><img src=http://example.org/x.png> & \x00\x1b \ud800"

@@ -98,6 +98,10 @@ def test_what_is_included_counts_unless_a_file_says_otherwise(tmp_path):
     (tmp_path / "_base.yaml").write_text("include: mine.yaml\n")
     with pytest.raises(FlamingoError, match=r"mine\.yaml: include: it includes itself"):
         load_task(tmp_path / "mine.yaml")
+    (tmp_path / "_base.yaml").write_text((FOLDER / "glyphs_5way.yaml").read_text() + "generate: {max_new_tokens: 3}\n")
+    told = r"mine\.yaml: of \S*_base\.yaml, which it includes: generate: .*, expected nothing \(generate: null\)"
+    with pytest.raises(FlamingoError, match=told):
+        load_task(tmp_path / "mine.yaml")
     (tmp_path / "_base.yaml").write_text("wyas: 2\n")
     with pytest.raises(FlamingoError, match=r"_base\.yaml: unknown key 'wyas'"):
         load_task(tmp_path / "mine.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from flamingo.document import Image, Video
 from flamingo.errors import FlamingoError
 from icl_eval.datasets import Example, load_dataset
 from icl_eval.datasets.checking import problems
+from icl_eval.evaluation import evaluate_answerer
 from tests.icl_eval.datasets.published import picture, write_lines
+from tests.icl_eval.made import Stub
 
 
 def test_every_form_of_a_line(tmp_path: Path) -> None:
@@ -77,3 +80,16 @@ def test_images_and_videos_beside_it(tmp_path: Path) -> None:
     assert problems("mine", tmp_path, ["test"]) == []
     with pytest.raises(FlamingoError, match=r"mine/other\.mp4: no such file, expected a video"):
         dataset.medium("video:other.mp4")
+
+
+def test_the_readmes_task_runs(tmp_path: Path) -> None:
+    """A README whose line or task file is refused."""
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    (tmp_path / "mine.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    line = next(json.loads(line) for line in readme.splitlines() if line.startswith('{"image"'))
+    for level in range(6):
+        picture(tmp_path / "mine" / f"{level}.png", level)
+    for split, levels in (("train", range(5)), ("test", range(5, 6))):
+        write_lines(tmp_path / "mine" / f"{split}.jsonl", [{**line, "image": f"{level}.png"} for level in levels])
+    results = evaluate_answerer(Stub(), [tmp_path / "mine.yaml"], data=tmp_path)
+    assert [cell.shots for cell in results.cells] == [0, 4] and results.cells[0].value == 1
