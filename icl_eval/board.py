@@ -9,6 +9,7 @@ the most shots.
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,8 @@ from flamingo.files import write_text
 from icl_eval.charts import COLOURS, Series, line_chart
 from icl_eval.compare import NOT_COMPARED
 from icl_eval.ledger import written
-from icl_eval.saved import SavedCell, SavedResults, parse
+from icl_eval.saved import RESULTS, SavedCell, SavedResults, by_label, parse, read_results
+from icl_eval.seeds import FILE as SEEDS
 
 SCHEMA = 1
 TOLD_ANYWAY = ("name", "version")
@@ -289,9 +291,45 @@ WRITERS: dict[str, Callable[[Board, str], str]] = {".html": Board.html, ".md": B
 """Ending of the file → board and title → its content."""
 
 
+def with_results(given: Mapping[str, Path]) -> dict[str, Path]:
+    """Of what was given, such as all that is in a folder of runs, that which has results; the rest is told on stderr.
+
+    A folder of several seeds stands for those of its seeds. Results that are malformed stay, as does what does not
+    exist, and everything if there are no results at all: reading them says what is wrong.
+
+    Raises:
+        FlamingoError: a folder or a label twice.
+    """
+    pairs, without = [], []
+    for label, folder in given.items():
+        if _has_results(folder) or not folder.exists():
+            pairs.append((label, folder))
+            continue
+        seeds = sorted(folder.glob(f"seed-*/{RESULTS}")) if (folder / SEEDS).is_file() else []
+        pairs += [(f"{label}/{file.parent.name}", file.parent) for file in seeds]
+        if not seeds:
+            without.append(str(folder))
+    if not pairs:
+        return dict(given)
+    if without:
+        print(f"board: skipped, for they have no results: {', '.join(without)}", file=sys.stderr)
+    return by_label(pairs)
+
+
+def _has_results(path: Path) -> bool:
+    """Whether there are results, be they malformed; a file of another name than theirs has to be well-formed."""
+    if not path.is_file():
+        return (path / RESULTS).exists()
+    try:
+        read_results(path)
+    except FlamingoError:
+        return path.name == RESULTS
+    return True
+
+
 def main(words: Sequence[str]) -> None:
     """`flamingo-eval board RUNS…`."""
-    runs, options = parse("board", words, BoardOptions)
+    runs, options = parse("board", words, BoardOptions, with_results)
     if options.out is None:
         print(board(runs).markdown(options.title), end="")
         return

@@ -11,7 +11,7 @@ import json
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -254,8 +254,19 @@ def _fault(at: str, value: Any, expected: str) -> str:
 # -- command lines -----------------------------------------------------------------------------------------------------
 
 
-def parse(name: str, words: Sequence[str], kind: type[Options]) -> tuple[dict[str, SavedResults], Options]:
+def parse(
+    name: str,
+    words: Sequence[str],
+    kind: type[Options],
+    chosen: Callable[[dict[str, Path]], Mapping[str, Path]] = dict,
+) -> tuple[dict[str, SavedResults], Options]:
     """The runs and the options of a command over result folders, each given as `FOLDER` or `LABEL=FOLDER`.
+
+    Args:
+        name: of the command.
+        words: after it.
+        kind: dataclass of its options.
+        chosen: of the folders that were given, by label, those that are read; default: all.
 
     Returns:
         The results by label, in the order given; folders without one are called by as little of their paths as tells
@@ -278,7 +289,7 @@ def parse(name: str, words: Sequence[str], kind: type[Options]) -> tuple[dict[st
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise FlamingoError(f"{name}: {error}") from None
     options = kind(**{each.name: parsed[each.name] for each in fields(kind)})  # type: ignore[arg-type]
-    return {label: read_results(folder) for label, folder in labelled(parsed.runs).items()}, options
+    return {label: read_results(folder) for label, folder in chosen(labelled(parsed.runs)).items()}, options
 
 
 def labelled(runs: Sequence[str]) -> dict[str, Path]:
@@ -289,14 +300,28 @@ def labelled(runs: Sequence[str]) -> dict[str, Path]:
     """
     pairs = [_labelled(run) for run in runs]
     places = [folder.resolve() for _, folder in pairs]
-    for place in places:
-        if places.count(place) > 1:
-            raise FlamingoError(f"{place}: given twice, expected different folders")
-    labels = [label or short for (label, _), short in zip(pairs, _short(places), strict=True)]
+    _all_different(places)
+    return by_label([(label or short, folder) for (label, folder), short in zip(pairs, _short(places), strict=True)])
+
+
+def by_label(pairs: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """Folders by label.
+
+    Raises:
+        FlamingoError: a folder or a label twice.
+    """
+    _all_different([folder.resolve() for _, folder in pairs])
+    labels = [label for label, _ in pairs]
     for label in labels:
         if labels.count(label) > 1:
             raise FlamingoError(f"label {label!r}: given twice, expected different labels")
-    return {label: folder for label, (_, folder) in zip(labels, pairs, strict=True)}
+    return dict(pairs)
+
+
+def _all_different(places: Sequence[Path]) -> None:
+    for place in places:
+        if places.count(place) > 1:
+            raise FlamingoError(f"{place}: given twice, expected different folders")
 
 
 def _labelled(run: str) -> tuple[str, Path]:

@@ -129,6 +129,34 @@ def test_page(folders, tmp_path):
     assert "nan" not in page and "random_query" not in page
 
 
+def test_all_that_is_in_a_folder_of_runs_can_be_given(folders, tmp_path, capsys):
+    """A board that fails for a stray file, leaves out seeds, or passes over results without a word."""
+    runs = tmp_path / "runs"
+    for place in (runs / "a", runs / "x" / "seed-0", runs / "x" / "seed-1"):
+        write_run(place, right(5))
+    (runs / "x" / "seeds.json").write_text("{}")
+    (runs / "prompts").mkdir()
+    for name in ("notes.txt", "prompts/cats.html", "x/seed-note"):
+        (runs / name).write_text("{}")
+    (runs / "kept.json").write_text((runs / "a" / "results.json").read_text())
+    words = [*map(str, sorted(runs.iterdir())), "--out", str(tmp_path / "board.json")]
+    main(words)
+    assert list(json.loads((tmp_path / "board.json").read_text())["runs"]) == ["a", "kept.json", "x/seed-0", "x/seed-1"]
+    told = capsys.readouterr().err
+    assert told == f"board: skipped, for they have no results: {runs / 'notes.txt'}, {runs / 'prompts'}\n"
+    with pytest.raises(FlamingoError, match="seed-1: given twice"):
+        main([str(runs / "x"), str(runs / "x" / "seed-1")])
+    with pytest.raises(FlamingoError, match="prompts/results.json: expected the results"):
+        main([str(runs / "prompts"), str(runs / "notes.txt")])
+    with pytest.raises(FlamingoError, match="mistyped: expected the results"):
+        main([str(runs / "a"), str(runs / "mistyped")])
+    (runs / "prompts" / "results.json").write_text("{}")
+    for path in (runs / "prompts", runs / "prompts" / "results.json"):
+        with pytest.raises(FlamingoError, match="prompts/results.json: missing key"):
+            main([str(runs / "a"), str(path)])
+    assert not capsys.readouterr().err
+
+
 def test_what_cannot_be_made_is_refused(folders, tmp_path):
     """A board of nothing, or one that is written nowhere."""
     only_control = write_run(tmp_path / "only", right(2, control="gates_at_zero"))
