@@ -1,9 +1,9 @@
 """`flamingo-eval board RUNS…`: a leader board over result folders, as a page, as Markdown or as JSON.
 
 Runs stand in one table only where they were asked the same: the same task in the same version, with the same settings,
-seed and number of queries, on the same examples. Else a task has several tables, and each says in what it differs. The
-file depends on the results alone, not on the order in which they are given nor on the time; best first, by the score at
-the most shots.
+seed and number of queries, on the same examples, as far as results say on which (older ones do not). Else a task has
+several tables, and each says in what it differs. The file depends on the results alone, not on the order in which they
+are given nor on the time; best first, by the score at the most shots.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Standing:
     @property
     def heading(self) -> str:
         """The task, and what tells this table from others of it."""
-        settings = "".join(f", {name} {value}" for name, value in self.settings.items())
+        settings = "".join(f", {name} {value}" for name, value in self.settings.items() if value not in (None, ""))
         return f"{self.task} v{self.version}{settings}"
 
     @property
@@ -157,9 +157,10 @@ def board(runs: Mapping[str, SavedResults]) -> Board:
                 asked[task][edition][label] = several
     if not asked:
         raise FlamingoError(f"board: {', '.join(runs)}: expected results without controls, found none")
+    tables = {task: _joined(editions) for task, editions in asked.items()}
     standings = [
         _standing(task, json.loads(edition), _differing(editions), cells)
-        for task, editions in sorted(asked.items())
+        for task, editions in sorted(tables.items())
         for edition, cells in sorted(editions.items())
     ]
     return Board(tuple(standings), {label: _origin(runs[label]) for label in sorted(runs)})
@@ -175,6 +176,21 @@ def _editions(run: SavedResults, task: str, cells: Sequence[SavedCell]) -> dict[
         edition = {**definition, **asked, "examples": examples and examples[:SHORT]}
         found[json.dumps(edition, sort_keys=True, ensure_ascii=False)].append(cell)
     return found
+
+
+def _joined(editions: Mapping[str, dict[str, list[SavedCell]]]) -> dict[str, dict[str, list[SavedCell]]]:
+    """Editions; one on unknown examples is joined to that which is like it but for them, if there is a single one."""
+    contents = {edition: json.loads(edition) for edition in editions}
+    joined: dict[str, dict[str, list[SavedCell]]] = defaultdict(dict)
+    for edition, cells in editions.items():
+        unknown = contents[edition]["examples"] is None
+        alike = [
+            other
+            for other, content in contents.items()
+            if content["examples"] is not None and {**content, "examples": None} == contents[edition]
+        ]
+        joined[alike[0] if unknown and len(alike) == 1 else edition].update(cells)
+    return joined
 
 
 def _differing(editions: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import math
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import jsonargparse
 
 from flamingo.errors import FlamingoError, plain_options
 from icl_eval.metrics import Figure, Score
+from icl_eval.tasks import Generation, Task
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 SCHEMA = Path(__file__).parent / "results.schema.json"
@@ -54,7 +55,7 @@ class SavedResults:
         folder: where they are.
         facts: versions, commit, machine, model.
         seeds, seconds: of each task.
-        tasks: their fields as they were run, by name.
+        tasks: their fields as they were run, by name; those that came later than the results have their defaults.
         cells: by what names them, in the order of the file.
         diagnostics: by task; each has a `verdict`.
     """
@@ -89,10 +90,22 @@ def read_results(folder: str | Path) -> SavedResults:
         content["facts"],
         content["seeds"],
         content["seconds"],
-        content["tasks"],
+        {name: _with_defaults(task) for name, task in content["tasks"].items()},
         _cells(content, path),
         content.get("diagnostics", {}),
     )
+
+
+def _with_defaults(task: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's fields, with the defaults of those that it lacks: what older code did, which did not know of them."""
+    whole = {**_defaults(Task), **task}
+    if isinstance(whole["generate"], dict):
+        whole["generate"] = {**_defaults(Generation), **whole["generate"]}
+    return whole
+
+
+def _defaults(kind: type[Task] | type[Generation]) -> dict[str, Any]:
+    return {each.name: each.default for each in fields(kind) if each.default is not MISSING}
 
 
 def _cells(content: Mapping[str, Any], path: Path) -> dict[Key, SavedCell]:

@@ -84,11 +84,28 @@ def test_runs_on_other_examples_stand_in_other_tables(tmp_path):
     for name, digest in (("a", "1" * 64), ("b", "2" * 64), ("c", "1" * 64)):
         write_run(tmp_path / name, right(5), facts={"examples": {"cats": digest}})
     write_run(tmp_path / "unknown", right(5))
+    made = board(read([tmp_path / name for name in ("a", "c", "unknown")]))
+    assert {each.heading: [row.run for row in each.rows] for each in made.standings} == {
+        "cats v1": ["a", "c", "unknown"],  # older results do not say on which examples
+    }
     made = board(read([tmp_path / name for name in ("a", "b", "c", "unknown")]))
     assert {each.heading: [row.run for row in each.rows] for each in made.standings} == {
         "cats v1, examples 111111111111": ["a", "c"],
         "cats v1, examples 222222222222": ["b"],
-        "cats v1, examples None": ["unknown"],
+        "cats v1": ["unknown"],
+    }
+
+
+def test_runs_of_older_code_stand_beside_those_of_newer(tmp_path):
+    """A table of its own for each version of the code, since results of older ones lack fields of tasks."""
+    old = {"mode": "generate", "generate": {"max_new_tokens": 4}}
+    new = {**old, "generate": {**old["generate"], "beams": 1, "keep": ""}, "inverted": False, "features": ""}
+    for name, task in (("old", old), ("new", new), ("other", {**new, "inverted": True, "features": "tower"})):
+        write_run(tmp_path / name, right(5), tasks={"cats": task})
+    made = board(read([tmp_path / name for name in ("old", "new", "other")]))
+    assert {each.heading: [row.run for row in each.rows] for each in made.standings} == {
+        "cats v1, inverted False": ["new", "old"],
+        "cats v1, features tower, inverted True": ["other"],
     }
 
 

@@ -200,11 +200,12 @@ def test_predictions_must_give_the_recorded_figure(tmp_path):
 def test_what_differs_or_is_left_out_is_said(tmp_path):
     """Another rule of scoring, or cells that are silently not compared."""
     first = write_run(tmp_path / "a", [*lines_of([0, 1], [0, 0]), *lines_of([0, 1], [0, 0], shots=4)])
-    second = write_run(tmp_path / "b", lines_of([0, 0], [0, 0]), tasks={"cats": {"normalise": "mean", "file": "x"}})
+    told = {"normalise": "mean", "inverted": False, "file": "x"}  # a's code did not know of `inverted` yet
+    second = write_run(tmp_path / "b", lines_of([0, 0], [0, 0]), tasks={"cats": told})
     found = compare({"a": read_results(first), "b": read_results(second)})
     assert found.notes == (
         "not in every run, though in a: cats at 4 shots",
-        "cats: normalise: 'mean' in b, None in a",
+        "cats: normalise: 'mean' in b, 'sum' in a",
     )
     third = read_results(write_run(tmp_path / "c", lines_of(["x", "y"], [["x"], ["z"]]), metric="exact_match"))
     with pytest.raises(FlamingoError, match="cats: metric: exact_match in c, accuracy in a"):
