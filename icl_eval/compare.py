@@ -190,7 +190,8 @@ def compare(
     rows = []
     for key in keys:
         lines = {label: each.cell(key) for label, each in predictions.items()}
-        lines = same_queries(key, lines, other_prompts=other_prompts, shared_queries=shared_queries)
+        seeds = {label: run.seeds.get(key[0]) for label, run in runs.items()}
+        lines = same_queries(key, lines, seeds, other_prompts=other_prompts, shared_queries=shared_queries)
         (_, base), *others = [(label, _answers(runs[label], key, lines[label])) for label in runs]
         rows += [_row(key, label, base, other, resamples, seed) for label, other in others]
     rows.sort(key=lambda row: list(runs).index(row.run))
@@ -234,18 +235,25 @@ Lines = list[dict[str, Any]]
 
 
 def same_queries(
-    key: Key, lines: Mapping[str, Lines], *, other_prompts: bool = False, shared_queries: bool = False
+    key: Key,
+    lines: Mapping[str, Lines],
+    seeds: Mapping[str, int | None],
+    *,
+    other_prompts: bool = False,
+    shared_queries: bool = False,
 ) -> dict[str, Lines]:
     """The predictions of a cell by run, of the same queries in the same order.
 
     Args:
         key: the cell, for messages.
         lines: of each run, by `query_id`.
+        seeds: of each run, of the task, for messages.
         other_prompts, shared_queries: see `compare`.
 
     Raises:
         FlamingoError: the runs were not asked the same, in more than is allowed.
     """
+    advice = _advice(seeds)
     named_queries = {label: {line["query_id"] for line in several} for label, several in lines.items()}
     shared = set.intersection(*named_queries.values())
     for label, queries in named_queries.items():
@@ -253,10 +261,10 @@ def same_queries(
             example = min(queries - shared)
             raise FlamingoError(
                 f"{named(key)}: not every run has query {example} of {label}, expected the same queries; "
-                "--shared_queries leaves out the others"
+                + (advice or "--shared_queries leaves out the others")
             )
     if not shared:
-        raise FlamingoError(f"{named(key)}: the runs have no query in common")
+        raise FlamingoError(f"{named(key)}: the runs have no query in common" + (advice and f"; {advice}"))
     kept = {label: [line for line in several if line["query_id"] in shared] for label, several in lines.items()}
     (first, expected), *others = kept.items()
     for label, several in others:
@@ -264,13 +272,25 @@ def same_queries(
             about = f"{named(key)}: query {wanted['query_id']}"
             # Names of candidates may stand in another order in another prompt; what is asked about may not change.
             if found["query"] != wanted["query"] or _truth(found) != _truth(wanted):
-                raise FlamingoError(f"{about} is another one in {label} than in {first} (another seed or data set)")
+                why = f"; {advice}" if advice else " (another data set)"
+                raise FlamingoError(f"{about} is another one in {label} than in {first}{why}")
             if found["prompt"] != wanted["prompt"] and not other_prompts:
                 raise FlamingoError(
                     f"{about} was asked by another prompt in {label} than in {first}, expected the same prompts; "
                     "--other_prompts compares them nevertheless"
                 )
     return kept
+
+
+def _advice(seeds: Mapping[str, int | None]) -> str:
+    """What to do where runs have other queries because they have other seeds; "" where they do not."""
+    if len(set(seeds.values())) == 1:
+        return ""
+    told = ", ".join(f"{seed} in {label}" for label, seed in seeds.items())
+    return (
+        f"queries are drawn by the seed ({told}): compare runs of the same seed, or, where the task has queries of its "
+        "own, those that all runs have: --shared_queries true --other_prompts true"
+    )
 
 
 def _truth(line: Mapping[str, Any]) -> Any:

@@ -168,6 +168,19 @@ def test_runs_that_were_asked_otherwise_are_refused(tmp_path, change, allowed, m
             compare(found, **{**both, allowed: False})
 
 
+@pytest.mark.parametrize("change", [lambda lines: lines[:-1], other_seed])
+def test_runs_of_other_seeds_are_told_what_to_do(tmp_path, change):
+    """A message about single queries, which leaves open that all are others, and why."""
+    lines = lines_of([0] * 40, TARGETS)
+    one = read_results(write_run(tmp_path / "a", lines))
+    two = read_results(write_run(tmp_path / "b", change(lines), seeds={"cats": 7}))
+    with pytest.raises(FlamingoError) as error:
+        compare({"a": one, "b": two})
+    advice = "queries are drawn by the seed (0 in a, 7 in b): compare runs of the same seed, or, where the task has"
+    assert advice in str(error.value) and "--shared_queries true" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_what_cannot_be_tested_is_refused(tmp_path):
     """Groups of some queries alone, of which the others would pass for one group; no draws at all."""
     found = runs(tmp_path, *([lines_of([0, 1], [0, 0], group=["x", "x"])] * 2))
