@@ -7,6 +7,7 @@ Queries about one picture count as one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,12 @@ from icl_eval.results import Cell, Results
 
 BINS = 10
 """of confidence, for the calibration error"""
+NEARLY_ALL = 0.95
+"""of the answers of a cell: where so many are the same, it is said"""
+CLASSIFYING = ("exact_match", "pope", "mme")
+"""metrics of tasks that classify though their answers are not ranked"""
 WORDS = {
-    "zero_shot": ("having none", "they help", "they harm", "no sign that they matter"),
+    "zero_shot": ("having no demonstrations", "they help", "they harm", "no sign that they matter"),
     "two_texts": ("having two of their texts alone", "they help", "they harm", "no sign that they matter"),
     "gates_at_zero": (
         "shutting every picture out",
@@ -128,6 +133,29 @@ def _costs(plain: Cell, other: Cell) -> tuple[Figures, Difference]:
     return lambda weights: (first(weights) - second(weights))[:, :1], of_scores(metric, two, one, targets)
 
 
+def one_answer(cell: Cell) -> tuple[str, int] | None:
+    """The answer that nearly all queries of a cell get, and how many; None where there is none, or answers are free.
+
+    No more outcomes are read than it takes to know that there is none: a tenth, of answers of two kinds alike.
+    """
+    counts: Counter[str] = Counter()
+    most, queries = "", len(cell.outcomes)
+    for place, outcome in enumerate(cell.outcomes, start=1):
+        if place == 1 and not outcome.candidates and cell.score.metric not in CLASSIFYING:
+            return None
+        counts[outcome.answer] += 1
+        most = max(most, outcome.answer, key=counts.__getitem__)
+        if place - counts[most] > (1 - NEARLY_ALL) * queries:
+            return None
+    return most, counts[most]
+
+
+def in_words(cell: Cell, found: tuple[str, int]) -> str:
+    """What `one_answer` found: "false" 989 times of 989."""
+    answer, times = found
+    return f'"{answer}" {times:,} times of {len(cell.outcomes):,}'
+
+
 def order_sensitivity(plain: Cell, orders: Sequence[Cell]) -> dict[str, float]:
     """How much hangs on the order of the demonstrations.
 
@@ -224,9 +252,11 @@ def _plain(text: str) -> str:
 
 def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, Any], *, two_texts: bool) -> str:
     sentences = [f"At {plain.shots} shots {plain.score.metric} is {plain.value:.3f}."]
-    sentences += [
-        _sentence("two_texts" if two_texts and name == "zero_shot" else name, each) for name, each in effects.items()
-    ]
+    if found := one_answer(plain):
+        sentences.append(f"The answers hardly vary: {in_words(plain, found)}.")
+    sentences += _costs_in_words(
+        {"two_texts" if two_texts and name == "zero_shot" else name: each for name, each in effects.items()}
+    )
     if order := numbers.get("order"):
         sentences.append(
             f"Other orders of the demonstrations change the answer to {order['changed']:.0%} of the queries, and the "
@@ -238,8 +268,9 @@ def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, A
         f"of the wrong ones {copied['wrong']:.0%} are."
     )
     sentences.append(
-        f"The last demonstration's answer is given in {late['last']:.0%} of the queries, that of another place in "
-        f"{late['others']:.0%}; were all answers right, the difference would be {late['right']:+.1%}."
+        f"The model gives the answer of the last demonstration in {late['last']:.0%} of the queries, and that of any "
+        f"one before it in {late['others']:.0%} on average: {100 * late['bias']:+.1f} points for the last place. A "
+        f"model that is always right would come to {100 * late['right']:+.1f} points on the same queries."
     )
     if calibrated := numbers.get("calibration"):
         sentences.append(
@@ -247,6 +278,16 @@ def _verdict(plain: Cell, effects: Mapping[str, Effect], numbers: Mapping[str, A
             f"right (calibration error {calibrated['error']:.3f})."
         )
     return " ".join([*sentences, _conclusion(effects)])
+
+
+def _costs_in_words(effects: Mapping[str, Effect]) -> list[str]:
+    """A sentence for each change, but one for all those, if there are several, under which no score changes."""
+    nothing = [name for name, each in effects.items() if not np.round([each.cost, *each.interval], 3).any()]
+    if len(nothing) < 2:
+        return [_sentence(name, each) for name, each in effects.items()]
+    sentences = [_sentence(name, each) for name, each in effects.items() if name not in nothing]
+    start = "No difference to the score comes from" if sentences else "No control makes any difference to the score:"
+    return [*sentences, f"{start} {', '.join(WORDS[name][0] for name in nothing)}."]
 
 
 def _sentence(name: str, found: Effect) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from icl_eval.metrics import METRICS
 from icl_eval.outcomes import Outcome
 from icl_eval.results import Cell, Results
 from icl_eval.tasks import Task
-from icl_eval.verdicts import calibration, copying, diagnoses, effect, order_sensitivity, recency
+from icl_eval.verdicts import calibration, copying, diagnoses, effect, one_answer, order_sensitivity, recency
 from tests.icl_eval.made import Made, Stub
 
 CLASSES = ("x", "y", "z")
@@ -179,10 +181,64 @@ def test_verdicts_say_no_more_than_was_tried():
     assert "Having two of their texts alone costs 1.000" in found
     assert found.endswith("the demonstrations help; whether it matters what belongs to what was not tried.")
     found = verdict(cell(good, targets, shots=0), cell(bad, targets), shut)["verdict"]
-    assert "Having none costs -1.000" in found and found.endswith("Verdict: the demonstrations harm.")
+    assert "Having no demonstrations costs -1.000" in found and found.endswith("Verdict: the demonstrations harm.")
     permuted = [cell(bad, targets, "labels_permuted"), cell([0] * 20 + bad[20:], targets)]
     found = verdict(cell(good, targets, shots=0), *permuted)["verdict"]
     assert found.endswith("what belongs to what, but is better off without them.")
+
+
+class Counted(list):
+    """Outcomes of which it is known how many were read."""
+
+    read = 0
+
+    def __iter__(self):
+        for each in super().__iter__():
+            self.read += 1
+            yield each
+
+
+def test_a_model_that_says_one_thing_is_found_out():
+    """A score below chance that looks like a bug; an answer that is rarer; all of a large file read for nothing."""
+
+    def answered(often, count, **fields):
+        plain = cell([0] * count, [0] * count, **fields)
+        said = ["false" if n % 100 < often else f"other {n}" for n in range(count)]
+        kept = Counted(replace(each, answer=answer) for each, answer in zip(plain.outcomes, said, strict=True))
+        return replace(plain, outcomes=kept)
+
+    ranked = {"candidates": ("true", "false"), "scores": (-1.0, 0.0)}
+    assert one_answer(answered(100, 989, **ranked)) == ("false", 989)
+    assert one_answer(answered(95, 1000, **ranked)) == ("false", 950) and not one_answer(answered(94, 1000, **ranked))
+    assert one_answer(answered(100, 40)) is None, "free answers, of a metric that does not classify"
+    varied = answered(0, 1000, **ranked)
+    assert one_answer(varied) is None and varied.outcomes.read < 60
+    shut = cell([1] * 1200, [0] * 1200, "gates_at_zero")
+    said = ' The answers hardly vary: "false" 1,200 times of 1,200.'
+    assert said in verdict(answered(100, 1200, **ranked), shut)["verdict"]
+    assert "hardly vary" not in verdict(answered(90, 1200, **ranked), shut)["verdict"]
+
+
+def test_controls_that_change_nothing_are_told_at_once():
+    """The same sentence, of nothing but zeros, five times; or the one control that does change something among them."""
+    plain, *controls = (cell([0] * 20, [0] * 20, name) for name in (None, "gates_at_zero", "random_query", "text_only"))
+    said = "No control makes any difference to the score: shutting every picture out, showing another query's picture, "
+    found = verdict(plain, *controls)["verdict"]
+    assert f" {said}leaving their pictures away. " in found and "costs" not in found
+    found = verdict(plain, *controls[:2], cell([1] * 20, [0] * 20, "text_only"))["verdict"]
+    assert "Leaving their pictures away costs 1.000" in found and found.count("costs") == 1
+    assert "No difference to the score comes from shutting every picture out, showing another query's picture." in found
+    assert "Shutting every picture out costs 0.000" in verdict(plain, controls[0])["verdict"]
+
+
+def test_what_recency_is_compared_with_is_said():
+    """A difference of which one cannot tell what is taken from what."""
+    plain = cell([0] * 4, [0] * 4)
+    labels = [("x", "x", "y"), ("y", "y", "x"), ("x", "y", "y"), ("x", "y", "x")]
+    asked = [replace(each, labels=shown, right="y") for each, shown in zip(plain.outcomes, labels, strict=True)]
+    found = verdict(replace(plain, outcomes=asked), cell([1] * 4, [0] * 4, "gates_at_zero"))["verdict"]
+    assert "the answer of the last demonstration in 50% of the queries, and that of any one before it in 50%" in found
+    assert "+0.0 points for the last place. A model that is always right would come to +0.0 points" in found
 
 
 def test_calibration_needs_all_candidates():
