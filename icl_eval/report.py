@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from markupsafe import Markup
 from data_shards.page import template
 from flamingo.files import write_text
 from icl_eval import comparison
-from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, number, smooth
+from icl_eval.charts import COLOURS, Interval, Series, interval_chart, line_chart, smooth
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, DIAGNOSTICS
 from icl_eval.evaluation import Cell, Results
 from icl_eval.examples import SHOWN, examples, thumbnail
@@ -24,6 +25,7 @@ from icl_eval.instructions import InstructionResults, Item
 from icl_eval.metrics import Figure
 from icl_eval.outcomes import BEST, MANY
 from icl_eval.tasks import Task
+from icl_eval.verdicts import in_words, one_answer
 
 MARGIN = 0.05  # how far from chance a control may fall
 EXAMPLES = 12
@@ -77,15 +79,17 @@ def write_report(
     shots = sorted({cell.shots for cell in results.cells if cell.control is None})
     rows = [row for row in training_log if row.get("step") is not None]
     rows_of_facts, folded = _facts(results, facts or {})
+    alike = _alike(results)
     page = template(__file__, "report.html").render(
         title=title,
         headline=_headline(results),
-        tiles=_tiles(results),
+        tiles=_tiles(results, alike),
         embedded=any(task.dataset in EMBEDDED for task in results.tasks.values()),
         shots=shots,
         table=[_table_row(results, name, shots) for name in results.tasks],
         text_only=[cell.task for cell in results.cells if cell.zero_shot == "text_only"],
         ties=sum(cell.ties for cell in results.cells),
+        alike=[f"{name} at {_shots_in_words(shots)}: {said}" for (name, shots), said in alike.items()],
         score_charts=_score_charts(results),
         figures=_further_figures(results, shots),
         details=_details(results),
@@ -128,6 +132,17 @@ def _plain(results: Results, task: str) -> list[Cell]:
     return [cell for cell in results.cells if cell.task == task and cell.control is None]
 
 
+def _main_cell(cells: Sequence[Cell]) -> Cell:
+    """Of a task's plain cells the one that the cards at the top have: that which controls are compared with."""
+    return next((cell for cell in cells if cell.shots == CONTROL_SHOTS), cells[-1])
+
+
+def _alike(results: Results) -> dict[tuple[str, int], str]:
+    """By task and shots: the answer that nearly all queries get, in words."""
+    found = {(cell.task, cell.shots): (cell, one_answer(cell)) for cell in results.cells if cell.control is None}
+    return {key: in_words(cell, answer) for key, (cell, answer) in found.items() if answer is not None}
+
+
 def _controls(results: Results) -> list[str]:
     return [name for name in DIAGNOSTICS if any(cell.control == name for cell in results.cells)]
 
@@ -147,7 +162,7 @@ def _headline(results: Results) -> str:
         return ""
     name = "glyphs_5way" if "glyphs_5way" in ladders else ladders[0]
     cells, task = _plain(results, name), results.tasks[name]
-    few, most = next(cell for cell in cells if cell.shots), cells[-1]
+    few, most = next(cell for cell in cells if cell.shots), _main_cell(cells)
     shown = "one picture" if few.shots == 1 else f"{few.shots} pictures"
     never = " that it had never seen" if task.dataset in EMBEDDED else ""
     after = f"; after {most.shots} pictures of each, in {most.value:.1%}" if most is not few else ""
@@ -161,25 +176,25 @@ def _shots_in_words(shots: int) -> str:
     return f"{shots} shot{'' if shots == 1 else 's'}"
 
 
-def _tiles(results: Results) -> list[dict[str, Any]]:
+def _tiles(results: Results, alike: Mapping[tuple[str, int], str]) -> list[dict[str, Any]]:
     tiles: list[dict[str, Any]] = []
     for name, task in results.tasks.items():
-        cells = _plain(results, name)
-        cell = next((cell for cell in cells if cell.shots == CONTROL_SHOTS), cells[-1])
-        factor, unit, form = (100, " %", "{:.1f}".format) if _is_share(task) else (1, "", number)
+        cell = _main_cell(_plain(results, name))
+        factor, unit, form = (100, " %", "{:.1f}") if _is_share(task) else (1, "", "{:,.3f}")
         interval = cell.score.interval
-        ends = "" if interval is None else " – ".join(form(factor * end) for end in interval) + unit
+        ends = "" if interval is None else " – ".join(form.format(factor * end) for end in interval) + unit
         chance = "" if task.chance is None else f"chance {factor * task.chance:.3g}{unit}"
+        said = alike.get((name, cell.shots))
         shots = f"{cell.shots} per class" if task.ways else _shots_in_words(cell.shots)
         shots = shots if cell.shots else "no demonstrations"
         tiles.append(
             {
                 "task": name,
-                "score": form(factor * cell.value),
+                "score": form.format(factor * cell.value),
                 "unit": unit,
                 "about": [
                     f"{task.ways} ways, {shots}" if task.ways else f"{next(iter(cell.score.figures))}, {shots}",
-                    *filter(None, (ends, chance)),
+                    *filter(None, (ends, chance, said and f"answers: {said}")),
                 ],
             }
         )
@@ -316,22 +331,40 @@ def _interval(name: str, cell: Cell, *, strong: bool = False) -> Interval:
 
 
 def _worst_control(results: Results) -> str:
-    """How far from chance the farthest control is, of those that must be at chance."""
-    away = [
-        (abs(cell.value - chance), cell)
-        for cell in results.cells
-        if cell.control in CONTROLS
-        and _falls_to_chance(results.tasks[cell.task])
-        and (chance := results.tasks[cell.task].chance) is not None
-    ]
+    """How far from chance the farthest control is, of those that must be at chance.
+
+    It is an alarm only where the whole interval lies beyond the margin: few queries are far from chance by chance.
+    """
+    away = []
+    for cell in results.cells:
+        task = results.tasks[cell.task]
+        if cell.control in CONTROLS and _falls_to_chance(task) and task.chance is not None:
+            low, high = _ends(cell)
+            away.append((max(low - task.chance, task.chance - high), abs(cell.value - task.chance), low, high, cell))
     if not away:
         return ""
-    distance, cell = max(away, key=lambda each: each[0])
-    verdict = "within" if distance <= MARGIN else "NOT within"
+    alarm = max(each[0] for each in away) > MARGIN
+    _, distance, low, high, cell = max(away, key=itemgetter(0 if alarm else 1))
+    if distance <= MARGIN:
+        verdict = f"within the margin of {MARGIN}"
+    elif alarm:
+        verdict = f"NOT within the margin of {MARGIN}, nor is any of its interval ({low:.3f} – {high:.3f})"
+    else:
+        verdict = (
+            f"which is no sign of a leak: {len(cell.outcomes):,} queries cannot tell it from the margin of {MARGIN}, "
+            f"which its interval ({low:.3f} – {high:.3f}) reaches"
+        )
     return (
         f"The farthest from chance is {CONTROL_NAMES[cell.control or ''][0]} on {cell.task}: {cell.value:.3f}, "
-        f"{distance:.3f} away, {verdict} the margin of {MARGIN}."
+        f"{distance:.3f} away, {verdict}."
     )
+
+
+def _ends(cell: Cell) -> tuple[float, float]:
+    """Of the interval; where all queries are alike, resampling gives a single point, and the rule of three more."""
+    low, high = cell.score.interval or (cell.value, cell.value)
+    more = 3 / len(cell.outcomes) if low == high else 0.0
+    return max(0.0, low - more), min(1.0, high + more)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

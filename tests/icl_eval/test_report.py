@@ -17,7 +17,7 @@ from PIL import Image
 from icl_eval import write_report
 from icl_eval.evaluation import Cell, Results
 from icl_eval.examples import LARGE, SIDE, Reader, examples, in_a_row, readable_cell, small, thumbnail
-from icl_eval.metrics import METRICS
+from icl_eval.metrics import METRICS, Figure
 from icl_eval.outcomes import Outcome
 from icl_eval.tasks import Generation, Task
 from icl_eval.weights_and_biases import SCORES, TABLE, answer_row, answered, has_key, record, resolved, score_rows
@@ -48,6 +48,9 @@ CHOICES = replace(
     metric="accuracy",
     chance=0.125,
 )
+
+
+FALLING = ((1, 2), (4, 4), (5, 6))
 
 
 def picture(colour, side=16):
@@ -262,27 +265,68 @@ def test_controls_that_are_not_at_chance_are_told(results, tmp_path):
         cell(task, 4, lambda number: COLOURS[number], control="order_1"),
         cell(task, 4, lambda number: "red", control="gates_at_zero"),
     ]
-    leak = cell(task, 4, lambda number: COLOURS[number // 2], control="images_swapped")
-    leak = replace(leak, score=METRICS["accuracy"].score([0, 1, 2, 0, 0, 0, 0, 0], list(range(8))))
+    near, leak, never = (
+        replace(
+            cell(task, 4, lambda number: COLOURS[number // 2], control="images_swapped"),
+            score=METRICS["accuracy"].score(said, list(range(8))),
+        )
+        for said in ([0, 1, 2, 0, 0, 0, 0, 0], list(range(8)), [8] * 8)
+    )
     about = {"tasks": {"fast": task}, "seed": {"fast": 0}}
     _, text = pages(replace(results, cells=cells, **about), tmp_path)
     assert "In fast binding what gates at zero change is independent" in text
     assert "gates at zero on fast: 0.125, 0.000 away, within the margin of 0.05." in text
     _, text = pages(replace(results, cells=[*cells, leak], **about), tmp_path)
-    assert "pictures swapped on fast: 0.375, 0.250 away, NOT within the margin of 0.05." in text
+    assert "pictures swapped on fast: 1.000, 0.875 away, NOT within the margin of 0.05, nor is any of its" in text
+    _, text = pages(replace(results, cells=[*cells, near], **about), tmp_path)
+    assert "0.375, 0.250 away, which is no sign of a leak: 8 queries cannot tell it from the margin of 0.05" in text
+    assert "NOT" not in text, "an alarm where chance lies inside the interval"
+    _, text = pages(replace(results, cells=[*cells, never], **about), tmp_path)
+    assert "0.000, 0.125 away, which is no sign of a leak" in text, "none of 8 has a third of a chance at an eighth"
+    sure = replace(near, control="random_query", score=METRICS["accuracy"].score([0] * 72 + [1] * 28, [0] * 100))
+    barely = replace(near, score=METRICS["accuracy"].score([0] * 6 + [1] * 2, [0] * 8))
+    _, text = pages(replace(results, cells=[*cells, sure, barely], **about), tmp_path)
+    assert "random query on fast: 0.720" in text and "NOT within" in text, "an alarm hidden by a wide interval"
 
 
-def test_a_phone_shows_the_whole_page(results, tmp_path):
-    """Cards that are cut off at the right of a narrow screen."""
+def test_cards_agree_with_the_headline_and_the_table(results, tmp_path):
+    """A card of 4 shots below a headline of 5; 9e-04 where the table has 0.001."""
+    task = replace(CHOICES, name="fast", ways=4, names="fresh", shots=(1, 4, 5), chance=0.25)
+    cells = [cell(task, shots, lambda number, most=most: COLOURS[min(number, most)]) for shots, most in FALLING]
+    faint = cell(CAPTIONS, 4, lambda number: "a thing")
+    faint = replace(faint, score=replace(faint.score, figures={"cider": Figure(9e-4, (0.0, 0.0012))}))
+    tasks = {"fast": task, "colours": CAPTIONS}
+    _, text = pages(replace(results, tasks=tasks, cells=[*cells, faint], seed=dict.fromkeys(tasks, 0)), tmp_path)
+    assert "in 37.5% of 8 episodes; after 4 pictures of each, in 62.5%" in text
+    assert "fast 62.5 % 4 ways, 4 per class" in text
+    assert "colours 0.001 cider, 4 shots 0.000 – 0.001" in text and "e-04" not in text
+
+
+def test_a_model_that_says_one_thing_is_found_out(results, tmp_path):
+    """A score below chance, without diagnostics, that looks like a bug."""
+    plain = replace(results, diagnostics={})
+    _, text = pages(plain, tmp_path)
+    assert "Answers that hardly vary: which at 0 shots: &#34;red&#34; 8 times of 8." in text
+    assert "which at 2 shots:" not in text and "colours at 0 shots:" not in text and "answers: " not in text
+    _, text = pages(replace(plain, cells=[*results.cells, cell(CHOICES, 4, lambda number: "red")]), tmp_path)
+    assert "chance 12.5 % answers: &#34;red&#34; 8 times of 8" in text
+
+
+def test_a_phone_shows_the_whole_page(results, data, tmp_path):
+    """Cards that are cut off at the right of a narrow screen, or pictures of which only the middle is seen."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("NO BROWSER: install chromium to check how the report looks on a phone")
     task = replace(CHOICES, name="a_task_with_a_name_as_long_as_operator_induction_interleaved")
+    shutil.copytree(data, tmp_path / "data")
+    for place, size in enumerate([(400, 100), (40, 400), (3000, 30)]):
+        wide = saved(Image.new("RGB", size, "red"), "PNG")
+        (tmp_path / "data" / "paints" / f"test-{COLOURS[place]}.png").write_bytes(wide)
     plain = replace(results.cell("which", 2), task=task.name)
     names = tuple(f"{colour}, which is {'the ' * 20}{'very' * 20} one" for colour in COLOURS)
     asked = [replace(each, candidates=names, query_id=f"{'folder/' * 12}{each.query_id}") for each in plain.outcomes]
     cells = [*results.cells, replace(plain, outcomes=asked), replace(plain, shots=1, control="gates_at_zero")]
-    long = replace(results, tasks={**results.tasks, task.name: task}, cells=cells)
+    long = replace(results, tasks={**results.tasks, task.name: task}, cells=cells, data=tmp_path / "data")
     page = write_report(tmp_path / "report.html", results=long, training_log=[{"step": 1, "loss": 2.0}]).read_text()
     measure = "const {scrollWidth, clientWidth} = document.documentElement;"
     measure += "const outside = [...document.querySelectorAll('main *:not(.scroll *)')].filter((each) => {"
@@ -291,6 +335,9 @@ def test_a_phone_shows_the_whole_page(results, tmp_path):
     measure += (
         "parent.postMessage(outside.map((each) => `beyond its card: ${each.outerHTML.slice(0, 80)}`).join(), '*');"
     )
+    measure += "for (const each of document.images) { const {naturalWidth, naturalHeight, width, height} = each;"
+    measure += "const {objectFit} = getComputedStyle(each);"
+    measure += "parent.postMessage(`${naturalWidth} by ${naturalHeight} ${objectFit} ${width} by ${height}; `, '*') }"
     measure += "parent.postMessage(`${scrollWidth} of ${clientWidth} pixels wide`, '*')"
     (tmp_path / "report.html").write_text(f"{page}<script>{measure}</script>")
     (tmp_path / "phone.html").write_text(
@@ -303,6 +350,9 @@ def test_a_phone_shows_the_whole_page(results, tmp_path):
     ((needed, there),) = re.findall(r"(\d+) of (\d+) pixels wide", done.stdout)
     assert needed == there and 300 < int(there) <= 390
     assert "beyond its card" not in done.stdout, done.stdout[-1000:]
+    assert {"400 by 100 contain 216 by 54", "40 by 400 contain 5 by 54", "3000 by 30 contain 222 by 54"} <= set(
+        done.stdout.split("; ")
+    )
 
 
 def test_captions_are_marked_by_their_value(page):
