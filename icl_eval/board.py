@@ -292,9 +292,10 @@ def _chart(standing: Standing, labels: Sequence[str]) -> Markup:
             lines,
             title=f"{standing.heading}: {standing.figure} against shots",
             x_label="shots",
+            y_label=standing.figure,
             x_names=[str(count) for count in standing.shots],
             references=[] if standing.chance is None else [("chance", standing.chance)],
-            size=(760, 280),
+            size=(560, 300),
         )
     )
 
