@@ -30,6 +30,7 @@ from icl_eval.results import identity_of
 from icl_eval.saved import RESULTS
 
 UNFINISHED = "unfinished"
+SAID = 200  # characters of a value that is shown whole, such as all controls of a task; longer ones are not shown
 T = TypeVar("T")
 Answers = Mapping[CellKey, Outcome]
 """A query's outcome in each cell"""
@@ -146,12 +147,14 @@ class FolderLedger:
         before = read_object(about) if goes_on else now
         commits = dict.fromkeys([*before.pop("commits", ()), commit])
         self.commit = commit if len(commits) == 1 else ", ".join(str(each) for each in commits)
-        if other := difference(before, now):
+        if other := difference(_cells_by_task(before), _cells_by_task(now)):
             raise FlamingoError(
                 f"{self.folder}: holds an unfinished evaluation of another model, other data, tasks or options "
                 f"({other}); give another folder, or remove it"
             )
-        if results.exists() and (other := difference(identity_of(read_object(results)), now)):
+        if results.exists() and (
+            other := difference(_cells_by_task(identity_of(read_object(results))), _cells_by_task(now))
+        ):
             raise FlamingoError(
                 f"{results}: holds results of another model, other data, tasks or options ({other}); "
                 "give another folder, or remove it"
@@ -263,12 +266,36 @@ def written(place: Path) -> Iterator[None]:
 
 
 def difference(before: Any, now: Any, at: str = "") -> str | None:
-    """The first key in which two pieces of plain data differ, with both values; None: they are equal."""
+    """The first key in which two pieces of plain data differ, with both values if they are short; None: they are equal.
+
+    Keys come in the order of `now`.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        each = (difference(before.get(key), now.get(key), f"{at}.{key}" if at else key) for key in keys)
-        return next(filter(None, each), None)
-    return None if before == now else f"{at}: {before!r:.60} there, {now!r:.60} here"
+        for key in dict.fromkeys([*now, *before]):
+            place = f"{at}.{key}" if at else key
+            if (key in now) != (key in before):
+                return f"{place}: only {'here' if key in now else 'there'}"
+            if other := difference(before[key], now[key], place):
+                return other
+        return None
+    if before == now:
+        return None
+    there, here = _said(before), _said(now)
+    return f"{at}: {there} there, {here} here" if max(len(there), len(here)) <= SAID else f"{at}: another"
+
+
+def _said(value: Any) -> str:
+    if not isinstance(value, list):
+        return repr(value)
+    return ", ".join(str(each) for each in value) or "none"
+
+
+def _cells_by_task(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """For whoever is told how two differ: "4 random_query" of each task's cells instead of all in one list."""
+    found: dict[str, list[str]] = {}
+    for task, shots, control in identity.get("cells", ()):
+        found.setdefault(task, []).append(f"{shots} {control}" if control else str(shots))
+    return {**identity, "cells": found}
 
 
 def _reader(key: CellKey) -> Callable[[dict[str, Any]], Outcome]:

@@ -115,11 +115,14 @@ class Results:
 
 
 def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What is evaluated, of what `Results.as_dict` gives: equal for evaluations that must come to the same."""
+    """What is evaluated, of what `Results.as_dict` gives: equal for evaluations that must come to the same.
+
+    What says most of how two differ stands first.
+    """
     facts = {name: fact for name, fact in content.get("facts", {}).items() if name not in ("commit", "machine")}
     tasks = {name: {**task, "file": ""} for name, task in content.get("tasks", {}).items()}
     cells = [[cell.get(key) for key in ("task", "shots", "control")] for cell in content.get("cells", ())]
-    return {"schema": content.get("schema"), "facts": facts, "tasks": tasks, "cells": cells}
+    return {"schema": content.get("schema"), "tasks": tasks, "facts": facts, "cells": cells}
 
 
 def _cell_as_dict(cell: Cell) -> dict[str, Any]:
