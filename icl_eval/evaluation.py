@@ -7,6 +7,7 @@ import itertools
 import json
 import platform
 import subprocess
+import sys
 import time
 from array import array
 from collections import defaultdict
@@ -54,7 +55,7 @@ PACKAGES = ("flamingo-icl", "torch", "transformers", "tokenizers", "numpy", "pil
 ROOMS = ("flamingo", "data_shards", "icl_eval", "train")
 
 Progress = Callable[[str, int, int], None]
-"""Called with a task's name, and how many of its queries are done and there are (all shots and controls)."""
+"""Called with a task's name, and how many of its queries are done and there are (all shots and controls, all ranks)"""
 Closing = Callable[[], AbstractContextManager[Any]]
 """Makes a context within which no picture reaches the language model."""
 
@@ -127,7 +128,7 @@ def evaluate_answerer(
         queries: of a cell, instead of each task's own number.
         seed: of all draws, instead of each task's own.
         split: instead of each task's own held-out split ("validation", to choose designs without touching the test
-            classes); a split that is not held out stays.
+            classes); a split that is not held out stays, beside the names of such as are.
         zero_shot: instead of each task's own, but for fast binding.
         data: the folder in which the folders of data sets are; see `load_pool`.
         out: folder of the results, which all ranks see. Answers are written there as they come; an evaluation that was
@@ -138,7 +139,7 @@ def evaluate_answerer(
         closed: for the control `gates_at_zero`.
         window: queries that are drawn, asked and written at a time: what is held in memory.
         decimals: of scores that are kept.
-        progress: see `Progress`; called on every rank.
+        progress: see `Progress`; called on every rank, which takes the others to be as far as itself.
         keep: in `out` also what a killed evaluation goes on from, until `ledger.discard`: for a part of a longer one.
 
     Raises:
@@ -177,11 +178,13 @@ def evaluate_answerer(
         ledger = FolderLedger(Path(out), _identity(results, keys), results.facts["commit"])
         results.facts["commit"] = ledger.commit
     run = _Run(made, ledger, closed, window, decimals, progress)
+    answered = {name: ledger.done(name, each.draws.count) for name, each in questions.items()}
+    _tell_of(answered, keys, out)
     for name, each in questions.items():
         start = time.perf_counter()
         if each.draws.by_similarity:
             each.draws.similarity = Features(None, None, each.pool) if similarity is None else similarity(each.pool)
-        run.ask(each, keys[name])
+        run.ask(each, keys[name], answered[name])
         outcomes = ledger.collect(name, keys[name])
         results.cells += [_cell(each, key, outcomes[key]) for key in keys[name]]
         results.seconds[name] = time.perf_counter() - start
@@ -221,9 +224,14 @@ def prepared(
         raise FlamingoError(f"task {task.name}: seed: {task.seed}, expected at least 0")
     if split is not None and task.split in HELD_OUT:
         task = replace(task, split=split)
+    elif split is not None and split not in (task.split, *HELD_OUT):
+        raise FlamingoError(
+            f"split: {split!r}, expected one of {', '.join(HELD_OUT)} (with which task {task.name} keeps its own, "
+            f"{task.split!r})"
+        )
+    if zero_shot is not None and zero_shot not in CHOICES["zero_shot"]:
+        raise FlamingoError(f"zero_shot: {zero_shot!r}, expected one of {', '.join(CHOICES['zero_shot'])}")
     if zero_shot is not None and not task.ways:
-        if zero_shot not in CHOICES["zero_shot"]:
-            raise FlamingoError(f"zero_shot: {zero_shot!r}, expected one of {', '.join(CHOICES['zero_shot'])}")
         task = replace(task, zero_shot=zero_shot)
     return task
 
@@ -267,6 +275,14 @@ def _hash_of_examples(pool: Pool) -> str:
         values = [getattr(example, each.name) for each in fields(example)]
         hashed.update(json.dumps(values, sort_keys=True, default=dict).encode())
     return hashed.hexdigest()
+
+
+def _tell_of(answered: Mapping[str, np.ndarray], keys: Mapping[str, Sequence[CellKey]], out: str | Path | None) -> None:
+    """Say once, before anything is asked, that a killed evaluation is gone on with."""
+    there = sum(int(done.sum()) * len(keys[name]) for name, done in answered.items())
+    of = sum(len(done) * len(keys[name]) for name, done in answered.items())
+    if there and rank_and_ranks()[0] == 0:
+        print(f"{out}: goes on after {there} of {of} answers", file=sys.stderr)
 
 
 def _saved(results: Results, folder: Path) -> list[Cell]:
@@ -318,25 +334,25 @@ class _Run:
     decimals: int
     progress: Progress | None
 
-    def ask(self, questions: Questions, keys: Sequence[CellKey]) -> None:
-        """Have a task's queries answered that are not yet."""
+    def ask(self, questions: Questions, keys: Sequence[CellKey], answered: np.ndarray) -> None:
+        """Have a task's queries answered that are not yet: (count,) bool."""
         name, draws = questions.task.name, questions.draws
-        left = np.flatnonzero(~self.ledger.done(name, draws.count)).tolist()
+        left = np.flatnonzero(~answered).tolist()
         rank, ranks = rank_and_ranks()
         own = left[rank::ranks]
-        advance = self._advance(name, len(own) * len(keys))
+        advance = self._advance(name, len(left) * len(keys), ranks)
         for start in range(0, len(own), self.window):
             numbers = own[start : start + self.window]
             episodes = [draws.episode(number) for number in numbers]
             answers = self._answered(questions, episodes, keys, advance)
             self.ledger.add(name, dict(zip(numbers, answers, strict=True)))
 
-    def _advance(self, name: str, total: int) -> Callable[[int], None]:
+    def _advance(self, name: str, total: int, ranks: int) -> Callable[[int], None]:
         done = 0
 
         def advance(queries: int) -> None:
             nonlocal done
-            done += queries
+            done += queries * ranks
             if self.progress is not None:
                 self.progress(name, min(done, total), total)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -68,9 +69,36 @@ def test_changed_data_are_other_data(task, tmp_path):
 
 def test_what_differs_is_named(task, tmp_path):
     """A refusal that leaves one to guess which of twenty options was another."""
-    killed(task, tmp_path / "out")
-    with pytest.raises(FlamingoError, match=r"\(tasks\.quiz\.seed: 0 there, 3 here\)"):
-        evaluate_answerer(Stub(), [task], data=tmp_path, out=tmp_path / "out", seed=3)
+    killed(task, tmp_path / "out", facts={"model": {"recipe": "x" * 500}})
+    for options, said in (
+        ({"seed": 3}, "tasks.quiz.seed: 0 there, 3 here"),
+        ({"shots": [1]}, "tasks.quiz.shots: 0, 1, 3 there, 1 here"),
+        ({"controls": ["text_only"]}, "cells.quiz: 0, 1, 3 there, 0, 1, 3, 4, 4 text_only here"),
+        ({"facts": {"model": {"recipe": "y" * 500}}}, "facts.model.recipe: another"),
+        ({"facts": {}}, "facts.model: only there"),
+    ):
+        how = {"facts": {"model": {"recipe": "x" * 500}}, **options}
+        with pytest.raises(FlamingoError, match=re.escape(f"({said})")):
+            evaluate_answerer(Stub(), [task], data=tmp_path, out=tmp_path / "out", **how)
+
+
+def test_going_on_is_told(task, tmp_path, capsys):
+    """Somebody who cannot tell whether hours of work are gone on with or begun anew."""
+    out = tmp_path / "out"
+    killed(task, out)
+    assert "goes on" not in capsys.readouterr().err
+    evaluate_answerer(Stub(), [task], data=tmp_path, out=out)
+    assert capsys.readouterr().err == f"{out}: goes on after {4 * 3} of {14 * 3} answers\n"
+
+
+def test_progress_is_that_of_all_ranks(task, tmp_path, monkeypatch):
+    """A bar that is full after one rank's share."""
+    monkeypatch.setattr("icl_eval.evaluation.rank_and_ranks", lambda: (0, 2))
+    seen = []
+    evaluate_answerer(
+        Stub(), [task], data=tmp_path, shots=[1], window=4, progress=lambda _, done, total: seen.append((done, total))
+    )
+    assert seen == [(8, 14), (14, 14)]
 
 
 def test_all_code_that_had_a_part_is_named(task, tmp_path):
@@ -105,7 +133,7 @@ def test_results_of_another_evaluation_are_not_written_over(task, tmp_path):
     """Hours of work lost to a forgotten --out; or the same evaluation that cannot be made again."""
     evaluate_answerer(Stub(), [task], data=tmp_path, out=tmp_path / "out")
     before = (tmp_path / "out" / "results.json").read_text()
-    with pytest.raises(FlamingoError, match=r"results\.json: holds results of .*cells"):
+    with pytest.raises(FlamingoError, match=r"results\.json: holds results of .*tasks\.quiz\.shots: "):
         evaluate_answerer(Stub(), [task], data=tmp_path, out=tmp_path / "out", shots=[1])
     assert (tmp_path / "out" / "results.json").read_text() == before
     assert not (tmp_path / "out" / UNFINISHED).exists()
