@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.box import SIMPLE
@@ -50,6 +51,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 """What may stand in the place of options"""
 PATIENCE = timedelta(days=7)
 """for which ranks wait for the slowest: half an hour, as torch has it, ends long ones; torchrun sees to the dead"""
+_WIDE = Console(width=1000)
+"""by which tables are measured"""
 
 
 @dataclass
@@ -111,7 +114,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, list[str]]:
     )
     parser.add_class_arguments(Options)
     known = ", ".join(available())
-    parser.add_argument("--task", action="append", help=f"name or YAML file, may be repeated; known: {known}")
+    parser.add_argument(
+        "--task",
+        action="append",
+        help="name or YAML file, may be repeated; without it the embedded ones, which need no data "
+        f"({', '.join(needing_no_files())}); known: {known}",
+    )
     try:
         parsed = parser.parse_args(plain_options(sys.argv[1:] if arguments is None else arguments))
     except ArgumentError as error:
@@ -143,11 +151,11 @@ def load(folder: str, device: str) -> tuple[Any, Any]:
     """
     from flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 
-    path = Path(folder)
+    path, expected = Path(folder), "expected a folder with a saved Flamingo or another image-text-to-text model"
     if not path.is_dir():
-        raise FlamingoError(f"--model {folder}: expected a folder with a saved Flamingo")
+        raise FlamingoError(f"--model {folder}: {expected}")
     if not (path / "config.json").is_file():
-        raise FlamingoError(f"--model {folder}: no config.json, expected a folder with a saved Flamingo")
+        raise FlamingoError(f"--model {folder}: no config.json, {expected}")
     if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         raise FlamingoError(f"--model {folder}: no weights (model.safetensors) in this folder")
     try:
@@ -174,15 +182,17 @@ def identity(folder: str) -> dict[str, Any]:
     }
 
 
-def table(results: Results) -> Group:
-    """Scores against shots, and under the controls where they were run, each with its 95 % interval."""
-    plain = {(cell.task, cell.shots): cell for cell in results.cells if cell.control is None}
-    shots = sorted({count for _, count in plain})
-    shown = _table("score by shots", ["task", "metric"], [*map(str, shots), "chance"])
-    for name, task in results.tasks.items():
-        row = [plain.get((name, count)) for count in shots]
-        shown.add_row(name, task.metric, *map(_shown, row), _chance(task))
-    parts: list[Table | str] = [shown]
+def table(results: Results, width: int = 80) -> Group:
+    """Scores against shots, and under the controls where they were run, each with its 95 % interval.
+
+    Shots that do not fit side by side in `width` columns of text come in several blocks.
+    """
+    shots = sorted({cell.shots for cell in results.cells if cell.control is None})
+    parts: list[Table | str] = []
+    for blocks in range(1, len(shots) + 1):
+        parts = [_scores(results, list(map(int, some))) for some in np.array_split(shots, blocks)]
+        if all(_WIDE.measure(part).maximum <= width for part in parts):
+            break
     controlled = [cell for cell in results.cells if cell.control is not None]
     if controlled:
         under = _table(f"under controls, at {CONTROL_SHOTS} shots", ["task", "control"], ["score", "chance"])
@@ -191,17 +201,26 @@ def table(results: Results) -> Group:
         parts.append(under)
     if any(cell.ties for cell in results.cells):
         parts.append("* tied queries went to the first label; results.json counts them")
-    return Group(*parts)
+    return Group(*(line for part in parts for line in (part, "")))
+
+
+def _scores(results: Results, shots: Sequence[int]) -> Table:
+    """A block of the table of scores: the tasks that have any at some shots."""
+    plain = {(cell.task, cell.shots): cell for cell in results.cells if cell.control is None}
+    shown = _table("score by shots", ["task"], [*map(str, shots), "chance"])
+    for name, task in results.tasks.items():
+        row = [plain.get((name, count)) for count in shots]
+        if any(row):
+            shown.add_row(f"{name}\n[dim]{task.metric}[/dim]", *map(_shown, row), _chance(task))
+    return shown
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    shown = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False, collapse_padding=True
-    )
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, padding=0, show_edge=False)
     for heading in texts:
-        shown.add_column(heading, no_wrap=True)
-    for heading in numbers:
-        shown.add_column(heading, justify="right", style="dim" if heading == "chance" else None)
+        shown.add_column(heading, overflow="fold")
+    for heading in numbers:  # numbers are never cut: where room is short, names go onto further lines
+        shown.add_column(heading, justify="right", no_wrap=True, style="dim" if heading == "chance" else None)
     return shown
 
 
@@ -244,7 +263,7 @@ def progress_bars(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
             bars.start()
             if task not in started:
                 started[task] = bars.add_task(task, total=total)
-            bars.update(started[task], completed=done)
+            bars.update(started[task], completed=done, total=total)  # of another seed more may have been there
 
     try:
         yield progress
@@ -263,8 +282,12 @@ def main() -> None:
     options, names = parse()
     settings = _settings(options)
     seeds = _seeds(options)
+    if options.data and not Path(options.data).is_dir():
+        raise FlamingoError(f"--data {options.data}: no such folder")
     tasks = [load_task(name) for name in names]
     transformers_logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
     with ranks() as rank, progress_bars(shown=rank == 0) as progress:
         if options.show < 0:
             raise FlamingoError(f"--show {options.show}: expected a number of queries")
@@ -311,7 +334,7 @@ def _scoring(options: Options) -> Callable[..., Results]:
     try:
         peer = ImageTextToText.from_pretrained(options.model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).partition(". ")[0]  # names of all models that there are may follow
         raise FlamingoError(
             f"--model {options.model}: neither a Flamingo nor another model of transformers: {said}"
         ) from None
@@ -368,7 +391,7 @@ def _shown_prompts(
 
 def _report(options: Options, results: Results, out: Path) -> None:
     console = Console()
-    console.print(table(results))
+    console.print(table(results, console.width))
     for name, found in results.diagnostics.items():
         console.print(f"[bold]{name}[/bold] {found['verdict']}")
     page = write_report(out / REPORT, results=results)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from icl_eval.demonstrations import Draws
 from icl_eval.diagnostics import CONTROLS
@@ -116,6 +117,30 @@ def test_several_seeds_go_on_where_they_were_killed(run, saved, tmp_path, monkey
     assert stub.asked == [5], "the last seed alone"
     assert json.loads((out / "seeds.json").read_text())["seeds"] == [3, 4, 5]
     assert not list(out.glob(f"**/{UNFINISHED}"))
+
+
+def test_no_list_of_all_models_is_shown(run, tmp_path):
+    """An error that stands before 700 characters of classes."""
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    code, _, err = run("--model", tmp_path / "bert", "--task", "naming", "--out", tmp_path / "out")
+    assert code == 2 and "AutoModelForImageTextToText" in err and len(err) < 400 + len(str(tmp_path)), err
+
+
+@pytest.mark.parametrize("wanted", [None, "warning"])
+def test_transformers_is_silent_unless_it_is_asked_to_speak(run, tmp_path, monkeypatch, wanted):
+    """Every evaluation beginning with advice on kernels; or a wish of the user that is overruled."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("TRANSFORMERS_VERBOSITY", wanted)
+    try:
+        run("--model", tmp_path / "none", "--task", "naming", "--out", tmp_path / "out")
+        level = transformers_logging.get_verbosity()
+    finally:
+        transformers_logging.set_verbosity(before)
+    assert level == (transformers_logging.ERROR if wanted is None else transformers_logging.WARNING)
 
 
 def test_models_without_gates_have_the_other_controls(run, tmp_path, monkeypatch):

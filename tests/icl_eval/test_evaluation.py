@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from flamingo import FlamingoError
 from icl_eval import evaluate, summary, write_report
 from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, plain
 from icl_eval.evaluation import TIE
+from icl_eval.metrics import Figure
 from icl_eval.outcomes import ranked
 from icl_eval.questions import Questions
-from icl_eval.run import main, parse_numbers
+from icl_eval.run import main, parse_numbers, table
 from icl_eval.sources import load_pool
 from icl_eval.tasks import load_task
 from tests.icl_eval.conftest import lively_flamingo
@@ -163,7 +167,11 @@ def test_a_split_for_tuning_keeps_away_from_the_test_classes(pair):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--model {none} --out {out}", "--model {none}: expected a folder with a saved Flamingo"),
+        ("--model {none} --out {out}", "--model {none}: expected a folder with a saved Flamingo or another image-text"),
+        ("--model {saved} --out {out} --task naming --data {none}", "--data {none}: no such folder"),
+        ("--model {saved} --out {out} --task naming --split tset", "split: 'tset', expected one of validation, test, "),
+        ("--model {saved} --out {out} --task glyphs_2way --split tset", "{glyphs}: split: 'tset', glyphs has known, "),
+        ("--model {saved} --out {out} --task glyphs_2way --zero-shot foo", "zero_shot: 'foo', expected one of honest"),
         ("--model {empty} --out {out}", "--model {empty}: no weights (model.safetensors) in this folder"),
         ("--model {saved}", "the following arguments are required: out"),
         ("--model {saved} --out {out} --shot 1", "unrecognized arguments: --shot"),
@@ -195,6 +203,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, saved, tmp_pa
     assert len(errors) == 1
     assert errors[0].startswith("error: " + message.format(**places))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_score_is_cut(pair):
+    """Intervals that end in an ellipsis, or a cell that is in no block of the table."""
+    found = evaluate(*pair, ["glyphs_2way", "naming"], shots=range(8), queries=2)
+    for count in (5, 6, 8):
+        figures = [Figure(0.1 + n / 64, (0.25 + n / 64, 0.75 + n / 64)) for n in range(len(found.cells))]
+        cells = [
+            replace(cell, score=replace(cell.score, figures={"accuracy": figure}))
+            for cell, figure in zip(found.cells, figures, strict=True)
+            if cell.shots < count
+        ]
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(table(replace(found, cells=cells), console.width))
+        shown = console.export_text()
+        assert "…" not in shown and shown.count("score by shots") == (2 if count == 8 else 1)
+        for cell in cells:
+            low, high = cell.interval
+            assert shown.count(f"{cell.value:.3f}") == 1
+            assert shown.count(f"{low:.3f}–{high:.3f}".replace("0.", ".")) == 1
 
 
 def test_shots_are_read_as_they_are_written():
