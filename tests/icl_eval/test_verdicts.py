@@ -234,11 +234,11 @@ def test_controls_that_change_nothing_are_told_at_once():
 def test_what_recency_is_compared_with_is_said():
     """A difference of which one cannot tell what is taken from what."""
     plain = cell([0] * 4, [0] * 4)
-    labels = [("x", "x", "y"), ("y", "y", "x"), ("x", "y", "y"), ("x", "y", "x")]
+    labels = [("x", "x", "y"), ("y", "y", "x"), ("x", "x", "y"), ("x", "y", "x")]
     asked = [replace(each, labels=shown, right="y") for each, shown in zip(plain.outcomes, labels, strict=True)]
     found = verdict(replace(plain, outcomes=asked), cell([1] * 4, [0] * 4, "gates_at_zero"))["verdict"]
-    assert "the answer of the last demonstration in 50% of the queries, and that of any one before it in 50%" in found
-    assert "+0.0 points for the last place. A model that is always right would come to +0.0 points" in found
+    assert "the answer of the last demonstration in 50% of the queries, and that of any one before it in 62%" in found
+    assert "-12.5 points for the last place. A model that is always right would come to +12.5 points" in found
 
 
 def test_calibration_needs_all_candidates():
