@@ -40,11 +40,6 @@ DIAGNOSTICS = (*CONTROLS, *VARIANTS)
 CONTROL_SHOTS = 4
 
 
-def plain(episode: Episode, shots: int) -> Prompt:
-    """The prompt of `episode` with `shots`."""
-    return episode.prompt(shots)
-
-
 def under_control(episode: Episode, shots: int, control: str, seed: int, pool: Pool) -> Prompt:
     """The prompt of `episode` under a control of `DIAGNOSTICS`."""
     prompt = episode.prompt(shots, text_only=control == "text_only")

@@ -147,18 +147,9 @@ class FolderLedger:
         before = read_object(about) if goes_on else now
         commits = dict.fromkeys([*before.pop("commits", ()), commit])
         self.commit = commit if len(commits) == 1 else ", ".join(str(each) for each in commits)
-        if other := difference(_cells_by_task(before), _cells_by_task(now)):
-            raise FlamingoError(
-                f"{self.folder}: holds an unfinished evaluation of another model, other data, tasks or options "
-                f"({other}); give another folder, or remove it"
-            )
-        if results.exists() and (
-            other := difference(_cells_by_task(identity_of(read_object(results))), _cells_by_task(now))
-        ):
-            raise FlamingoError(
-                f"{results}: holds results of another model, other data, tasks or options ({other}); "
-                "give another folder, or remove it"
-            )
+        _check_same(f"{self.folder}: holds an unfinished evaluation", before, now)
+        if results.exists():
+            _check_same(f"{results}: holds results", identity_of(read_object(results)), now)
         wait()  # until all have seen it as it was
         if rank_and_ranks()[0] == 0:
             with written(self.folder):
@@ -263,6 +254,14 @@ def written(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FlamingoError(f"{place}: {error.strerror or error}, expected a folder with room to write in") from error
+
+
+def _check_same(holds: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse what a folder holds of another evaluation."""
+    if other := difference(_cells_by_task(before), _cells_by_task(now)):
+        raise FlamingoError(
+            f"{holds} of another model, other data, tasks or options ({other}); give another folder, or remove it"
+        )
 
 
 def difference(before: Any, now: Any, at: str = "") -> str | None:

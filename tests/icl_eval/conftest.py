@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,33 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session", params=["lfm2", "llama"])
 def flamingo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return lively_flamingo(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Opens a page in headless Chromium, with some of its options."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("NO BROWSER: install chromium to check pages as people see them")
+
+    def opened(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [found, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        return subprocess.run([*command, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+
+    return opened
+
+
+@pytest.fixture
+def phone(browser: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[[Path, str], str]:
+    """Opens a page in a frame as wide as a phone, and returns what a script at its end posts to its parent."""
+
+    def measured(page: Path, script: str) -> str:
+        page.write_text(f"{page.read_text()}<script>{script}</script>")
+        frame = page.with_name("phone.html")
+        frame.write_text(
+            "<script>onmessage = (event) => document.body.append(event.data)</script>"
+            f'<body><iframe src="{page.name}" width="390" height="800" style="border: 0"></iframe>'
+        )
+        return browser(frame, "--dump-dom", "--virtual-time-budget=5000").stdout
+
+    return measured

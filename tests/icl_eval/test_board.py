@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
@@ -148,11 +146,8 @@ def test_page(folders, tmp_path):
     assert "nan" not in page and "random_query" not in page
 
 
-def test_a_phone_shows_the_whole_page(tmp_path):
+def test_a_phone_shows_the_whole_page(phone, tmp_path):
     """Labels of charts too small to be read, and tables of which half is beyond the card."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("NO BROWSER: install chromium to check how the board looks on a phone")
     lines = [line for shots in (0, 1, 2, 4, 8) for line in right(5, shots=shots, task="a_task_of_a_long_name" * 3)]
     model = {"folder": "/models/of/a/long/name" * 4, "sha256": {"model.safetensors": "ab" * 32}, "recipe": None}
     runs = [str(write_run(tmp_path / f"{'a_run_of_a_long_name' * 3}{n}", lines, facts={"model": model})) for n in "ab"]
@@ -164,15 +159,8 @@ def test_a_phone_shows_the_whole_page(tmp_path):
         const size = parseFloat(getComputedStyle(label).fontSize) * chart.clientWidth / chart.viewBox.baseVal.width;
         parent.postMessage(`${wide.length} boxes, too narrow: [${beyond}], labels of ${size} pixels`, "*");
     """
-    (tmp_path / "board.html").write_text(f"{(tmp_path / 'board.html').read_text()}<script>{measure}</script>")
-    (tmp_path / "phone.html").write_text(
-        "<script>onmessage = (event) => document.body.append(event.data)</script>"
-        '<body><iframe src="board.html" width="390" height="800" style="border: 0"></iframe>'
-    )
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--dump-dom", "--virtual-time-budget=5000", (tmp_path / "phone.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    ((boxes, beyond, size),) = re.findall(r"(\d+) boxes, too narrow: \[(.*?)\], labels of ([\d.]+) pixels", done.stdout)
+    told = phone(tmp_path / "board.html", measure)
+    ((boxes, beyond, size),) = re.findall(r"(\d+) boxes, too narrow: \[(.*?)\], labels of ([\d.]+) pixels", told)
     assert int(boxes) == 4 and not beyond and float(size) > 9.5
 
 

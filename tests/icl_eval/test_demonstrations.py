@@ -11,7 +11,7 @@ import pytest
 from flamingo import FlamingoError
 from icl_eval.datasets import load_dataset
 from icl_eval.demonstrations import Draws, check_shots
-from icl_eval.diagnostics import CONTROL_SHOTS, plain, under_control
+from icl_eval.diagnostics import CONTROL_SHOTS, under_control
 from icl_eval.metrics import bootstrap_interval
 from icl_eval.sources import load_pool
 from icl_eval.tasks import FOLDER, available, load_task, needing_no_files
@@ -124,7 +124,7 @@ def test_shots_are_nested_balanced_and_without_the_query(glyphs):
     draws = Draws(task, pool, 0, 8)
     for number in range(200):
         episode = draws.episode(number)
-        prompts = [plain(episode, shots) for shots in (0, 1, 2, 4, 8)]
+        prompts = [episode.prompt(shots) for shots in (0, 1, 2, 4, 8)]
         longest = prompts[-1]
         assert episode.query.id not in longest.demonstrations
         assert len(set(longest.demonstrations)) == len(longest.demonstrations) == 40
@@ -179,7 +179,7 @@ def test_a_perfect_model_falls_to_chance_under_a_control(name, chance, control):
     pool = load_pool(task)
     draws = Draws(task, pool, 0, CONTROL_SHOTS + 1)
     episodes = [draws.episode(number) for number in range(3000)]
-    assert all(perfect(plain(episode, CONTROL_SHOTS)) == episode.target for episode in episodes[:200])
+    assert all(perfect(episode.prompt(CONTROL_SHOTS)) == episode.target for episode in episodes[:200])
     controlled = (under_control(episode, CONTROL_SHOTS, control, 0, pool) for episode in episodes)
     right = [perfect(prompt) == episode.target for prompt, episode in zip(controlled, episodes, strict=True)]
     assert np.mean(right) == pytest.approx(chance, abs=0.03)  # three standard errors

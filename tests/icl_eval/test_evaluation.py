@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flamingo import FlamingoError
 from icl_eval import evaluate, summary, write_report
-from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS, plain
+from icl_eval.diagnostics import CONTROL_SHOTS, CONTROLS
 from icl_eval.evaluation import TIE
 from icl_eval.metrics import Figure
 from icl_eval.outcomes import ranked
@@ -148,7 +148,7 @@ def test_ties_go_to_the_first_label_and_are_counted():
         ([-5.0, -3.00009, -3.0, -9.0, -3.00005], (1, True)),
         ([-5.0, -3.0002, -3.0, -9.0, -4.0], (2, False)),
     ):
-        outcome = ranked(questions, episode, plain(episode, 0), np.array(scores))
+        outcome = ranked(questions, episode, episode.prompt(0), np.array(scores))
         assert (outcome.prediction, outcome.tied) == expected
 
 
@@ -273,14 +273,9 @@ def test_report_is_self_contained_and_complete(report, results):
     assert "nan" not in re.sub('base64,[^"]*', "", page)
 
 
-def test_report_opens_in_a_browser_without_errors(report, tmp_path):
+def test_report_opens_in_a_browser_without_errors(report, browser, tmp_path):
     """A page that stays blank, or an error that only a browser tells of (resources: see the test above)."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("NO BROWSER: install chromium to check that the report opens without console errors")
     picture = tmp_path / "report.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", "--window-size=1100,3000"]
-    done = subprocess.run([*command, report.as_uri()], capture_output=True, text=True, timeout=120)
+    done = browser(report, "--enable-logging=stderr", f"--screenshot={picture}", "--window-size=1100,3000")
     assert picture.stat().st_size > 20_000, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr

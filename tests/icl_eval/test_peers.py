@@ -240,17 +240,20 @@ def test_scores_of_idefics_are_those_of_a_forward_by_hand(idefics):
     assert mean[kept] == pytest.approx(expected[kept] / (4, 3)[kept], abs=1e-5) and np.isneginf(mean[1 - kept])
 
 
+def chat_by_hand(llava, prompt, answer, end):
+    """The log-likelihood of an answer and its end after a prompt over the pictures 3 and 5."""
+    ids = llava.processor.tokenizer(f"{prompt}{answer}{end}").input_ids
+    with torch.inference_mode():
+        logits = llava.model(input_ids=torch.tensor([ids]), pixel_values=pixels(3, 5)).logits[0]
+    return by_hand(logits, ids, len(answer) + 2)
+
+
 def test_scores_of_a_chat_model_are_those_of_a_forward_by_hand(llava):
     """Demonstrations lost by the template, its line break behind the end scored as if it were the answer's."""
     assert llava.form == "chat"
     made = Ladder((Chunk((3, "la so")),), (Query(1, Chunk((5, "a:")), ANSWERS),), "x")
-    expected = []
-    for answer in ANSWERS:
-        text = f"user:{'<image>' * 4} la so\n{'<image>' * 4} a:<end>\nassistant: {answer}<end>"
-        ids = llava.processor.tokenizer(text).input_ids
-        with torch.inference_mode():
-            logits = llava.model(input_ids=torch.tensor([ids]), pixel_values=pixels(3, 5)).logits[0]
-        expected.append(by_hand(logits, ids, len(answer) + 2))
+    prompt = f"user:{'<image>' * 4} la so\n{'<image>' * 4} a:<end>\nassistant: "
+    expected = [chat_by_hand(llava, prompt, answer, "<end>") for answer in ANSWERS]
     np.testing.assert_allclose(llava.rank(Drawer(), [made])[0][0], expected, atol=1e-5, rtol=0)
     other = Ladder(made.demonstrations, (Query(1, Chunk((6, "a:")), ANSWERS),), "x")
     assert np.abs(llava.rank(Drawer(), [other])[0][0] - expected).max() > 1e-3
@@ -270,13 +273,8 @@ def test_a_chat_template_does_not_move_images(llava, monkeypatch):
     monkeypatch.setattr(llava.processor, "chat_template", IMAGES_FIRST)
     peer = ImageTextToText(llava.model, llava.processor)
     made = Ladder((Chunk((3, "la so")),), (Query(1, Chunk((5, "a:")), ANSWERS),), "x")
-    expected = []
-    for answer in ANSWERS:
-        text = f"USER: {'<image>' * 4}la so\n{'<image>' * 4}a: ASSISTANT: {answer} "
-        ids = llava.processor.tokenizer(text).input_ids
-        with torch.inference_mode():
-            logits = llava.model(input_ids=torch.tensor([ids]), pixel_values=pixels(3, 5)).logits[0]
-        expected.append(by_hand(logits, ids, len(answer) + 2))
+    prompt = f"USER: {'<image>' * 4}la so\n{'<image>' * 4}a: ASSISTANT: "
+    expected = [chat_by_hand(llava, prompt, answer, " ") for answer in ANSWERS]
     np.testing.assert_allclose(peer.rank(Drawer(), [made])[0][0], expected, atol=1e-5, rtol=0)
     monkeypatch.delattr(llava.processor, "image_token")
     with pytest.raises(FlamingoError, match="form: chat, but LlavaProcessor names no image_token"):

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -312,11 +311,8 @@ def test_a_model_that_says_one_thing_is_found_out(results, tmp_path):
     assert "chance 12.5 % answers: &#34;red&#34; 8 times of 8" in text
 
 
-def test_a_phone_shows_the_whole_page(results, data, tmp_path):
+def test_a_phone_shows_the_whole_page(results, data, phone, tmp_path):
     """Cards that are cut off at the right of a narrow screen, or pictures of which only the middle is seen."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("NO BROWSER: install chromium to check how the report looks on a phone")
     task = replace(CHOICES, name="a_task_with_a_name_as_long_as_operator_induction_interleaved")
     shutil.copytree(data, tmp_path / "data")
     for place, size in enumerate([(400, 100), (40, 400), (3000, 30)]):
@@ -327,7 +323,7 @@ def test_a_phone_shows_the_whole_page(results, data, tmp_path):
     asked = [replace(each, candidates=names, query_id=f"{'folder/' * 12}{each.query_id}") for each in plain.outcomes]
     cells = [*results.cells, replace(plain, outcomes=asked), replace(plain, shots=1, control="gates_at_zero")]
     long = replace(results, tasks={**results.tasks, task.name: task}, cells=cells, data=tmp_path / "data")
-    page = write_report(tmp_path / "report.html", results=long, training_log=[{"step": 1, "loss": 2.0}]).read_text()
+    page = write_report(tmp_path / "report.html", results=long, training_log=[{"step": 1, "loss": 2.0}])
     measure = "const {scrollWidth, clientWidth} = document.documentElement;"
     measure += "const outside = [...document.querySelectorAll('main *:not(.scroll *)')].filter((each) => {"
     measure += "const card = each.closest('.card'); return card && each.scrollWidth && each !== card &&"
@@ -339,19 +335,12 @@ def test_a_phone_shows_the_whole_page(results, data, tmp_path):
     measure += "const {objectFit} = getComputedStyle(each);"
     measure += "parent.postMessage(`${naturalWidth} by ${naturalHeight} ${objectFit} ${width} by ${height}; `, '*') }"
     measure += "parent.postMessage(`${scrollWidth} of ${clientWidth} pixels wide`, '*')"
-    (tmp_path / "report.html").write_text(f"{page}<script>{measure}</script>")
-    (tmp_path / "phone.html").write_text(
-        "<script>onmessage = (event) => document.body.append(event.data)</script>"
-        '<body><iframe src="report.html" width="390" height="800" style="border: 0"></iframe>'
-    )
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--dump-dom", "--virtual-time-budget=5000", (tmp_path / "phone.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    ((needed, there),) = re.findall(r"(\d+) of (\d+) pixels wide", done.stdout)
+    told = phone(page, measure)
+    ((needed, there),) = re.findall(r"(\d+) of (\d+) pixels wide", told)
     assert needed == there and 300 < int(there) <= 390
-    assert "beyond its card" not in done.stdout, done.stdout[-1000:]
+    assert "beyond its card" not in told, told[-1000:]
     assert {"400 by 100 contain 216 by 54", "40 by 400 contain 5 by 54", "3000 by 30 contain 222 by 54"} <= set(
-        done.stdout.split("; ")
+        told.split("; ")
     )
 
 
